@@ -1,0 +1,72 @@
+// Wan2.1's text-to-video transformer (diffusers' WanTransformer3DModel, same names of weights), with
+// self-attention in three methods: full, SLA2, SLA.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "token_order.h"
+
+namespace sla2::video {
+
+/// config.json of diffusers' WanTransformer3DModel; image-to-video fields are refused.
+struct WanConfig {
+  std::array<std::int64_t, 3> patch_size{1, 2, 2};
+  std::int64_t num_attention_heads = 40;
+  std::int64_t attention_head_dim = 128;
+  std::int64_t in_channels = 16;
+  std::int64_t out_channels = 16;
+  std::int64_t text_dim = 4096;
+  std::int64_t freq_dim = 256;
+  std::int64_t ffn_dim = 13824;
+  std::int64_t num_layers = 40;
+  bool cross_attn_norm = true;
+  double eps = 1e-6;
+  std::int64_t rope_max_seq_len = 1024;
+  [[nodiscard]] std::int64_t dim() const { return num_attention_heads * attention_head_dim; }
+};
+
+/// Sees q, k, v [B, H, N, D] (after norm and rotary embedding, in token order) of one layer's
+/// self-attention, before it runs; stage 1 trains each layer inside it.
+using SelfAttentionObserver = std::function<void(std::int64_t layer, const torch::Tensor& q,
+                                                 const torch::Tensor& k, const torch::Tensor& v)>;
+
+class WanTransformerImpl : public torch::nn::Module {
+ public:
+  explicit WanTransformerImpl(const WanConfig& config);
+
+  /// x [B, C, F, H, W], timestep [B] in [0, 1000], text [B, L, text_dim] -> [B, out_channels, F, H, W].
+  torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& timestep,
+                        const torch::Tensor& text);
+
+  [[nodiscard]] const WanConfig& config() const;
+  /// Tokens (F', H', W') of an input of this size.
+  [[nodiscard]] std::array<std::int64_t, 3> grid(std::int64_t frames, std::int64_t height,
+                                                 std::int64_t width) const;
+
+  /// One nn::Attention per self-attention replaces full attention (methods sla2 and sla); an empty
+  /// holder: full attention in that layer. Registered as blocks.{i}.attn1.sla2 but kept out of the
+  /// transformer's own state (see weights.h).
+  void set_attention(std::int64_t layer, sla2::nn::Attention attention);
+  [[nodiscard]] sla2::nn::Attention attention(std::int64_t layer) const;
+  void set_token_order(const TokenOrder& order);
+  void set_observer(SelfAttentionObserver observer);
+  void set_activation_checkpointing(bool on);
+  /// First layer whose output held NaN or Inf in the last forward with checking on, if any.
+  void set_check_finite(bool on);
+  [[nodiscard]] std::optional<std::string> first_non_finite_layer() const;
+
+ private:
+  struct State;
+  std::shared_ptr<State> state_;
+};
+TORCH_MODULE(WanTransformer);
+
+}  // namespace sla2::video
