@@ -1,0 +1,74 @@
+// Options of a command, declared once: on the command line (--batch), in the JSON file of --config
+// ("batch"), and in the effective configuration saved beside the output.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+namespace sla2::cli {
+
+/// Something about how the program was called: exit code 2.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// One declared option; the setters return it for chaining.
+class Option {
+ public:
+  /// Inclusive; applies to each element of a list. Numbers only.
+  Option& range(double low, double high);
+  /// Strictly above `low`.
+  Option& above(double low);
+  Option& one_of(std::vector<std::string> values);
+  /// Must be given, on the command line or in the file.
+  Option& required();
+  /// Does not change results: left out of what --resume compares.
+  Option& no_effect();
+
+ private:
+  friend class Options;
+  std::string flag, key;  // "--batch", "batch"
+  CLI::Option* cli = nullptr;
+  std::function<void(const nlohmann::json&)> read;  // from the config file
+  std::function<nlohmann::json()> write;
+  bool is_required = false, given = false, affects_results = true;
+  double low = 0, high = 0;
+  bool has_low = false, has_high = false, low_open = false;
+  std::vector<std::string> choices;
+};
+
+class Options {
+ public:
+  explicit Options(CLI::App& app);
+  ~Options();
+
+  /// T: bool (a switch), std::int64_t, double, std::string, std::filesystem::path, and vectors of
+  /// the last four. `value` holds the default and must outlive this object.
+  template <typename T>
+  Option& add(const std::string& flag, T& value, const std::string& help);
+
+  /// After CLI11 has parsed: reads --config for what the command line left open, then checks
+  /// ranges, choices and required options. Throws UsageError or sla2::Error (an unreadable file).
+  void finish();
+
+  /// Whether the option was given, on the command line or in the file.
+  [[nodiscard]] bool given(const std::string& flag) const;
+  /// Every option with its value in effect; `results_only`: without those marked no_effect().
+  [[nodiscard]] nlohmann::json effective(bool results_only = false) const;
+
+ private:
+  CLI::App& app_;
+  std::string config_file_;
+  std::vector<std::unique_ptr<Option>> options_;
+};
+
+}  // namespace sla2::cli
