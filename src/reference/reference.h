@@ -12,19 +12,20 @@ namespace sla2::reference {
 /// Dense copies of a call's inputs. Empty vectors mean what null pointers mean in Inputs.
 template <typename Real>
 struct Operands {
-  std::vector<Real> q;            // [B, H, Nq, d]
-  std::vector<Real> k;            // [B, Hkv, Nk, d]
-  std::vector<Real> v;            // [B, Hkv, Nk, dv]
-  std::vector<Real> proj_q;       // [num_routers, d, d]
-  std::vector<Real> proj_k;       // [num_routers, d, d]
-  std::vector<Real> alpha_logit;  // [H, alpha_blocks]
-  std::vector<Real> proj_out;     // [dv, dv]
+  std::vector<Real> q;                    // [B, H, Nq, d]
+  std::vector<Real> k;                    // [B, Hkv, Nk, d]
+  std::vector<Real> v;                    // [B, Hkv, Nk, dv]
+  std::vector<Real> proj_q;               // [num_routers, d, d]
+  std::vector<Real> proj_k;               // [num_routers, d, d]
+  std::vector<Real> alpha_logit;          // [H, alpha_blocks]
+  std::vector<Real> proj_out;             // [dv, dv]
   std::vector<std::int64_t> key_lengths;  // [B]
 };
 
 template <typename Real>
 struct RoutingResult {
-  std::vector<Real> scores;          // [B, H, M, T] s_ij (Eq. 16); empty if the routing was given
+  std::vector<Real> scores;          // [B, H, M, T] s_ij (Eq. 16), -inf behind a key length; empty
+                                     // if the routing was given: then no gradient reaches a router
   std::vector<std::int32_t> blocks;  // [B, H, M, L]
   std::vector<Real> logits;          // [B, H, M, T], soft routing only
 };
@@ -50,15 +51,22 @@ template <typename Real>
 RoutingResult<Real> route(const Problem& problem, const Operands<Real>& operands);
 
 /// `given` replaces the router: its blocks (hard) or logits (soft) are used as they are.
+/// Without an executor everything runs in the calling thread. out_linear is zero in query blocks
+/// whose complement is empty, also with linear_scope = all: it is not part of their output.
 template <typename Real>
 ForwardResult<Real> forward(const Problem& problem, const Operands<Real>& operands,
-                            const RoutingResult<Real>* given = nullptr);
+                            const RoutingResult<Real>* given = nullptr,
+                            Executor* executor = nullptr);
 
+/// `d_out` [B, H, Nq, dv]. backward = matched recomputes o_s and lse in Real and uses them
+/// throughout, in d_alpha_logit too.
 template <typename Real>
 GradientResult<Real> backward(const Problem& problem, const Operands<Real>& operands,
-                              const ForwardResult<Real>& saved, const std::vector<Real>& d_out);
+                              const ForwardResult<Real>& saved, const std::vector<Real>& d_out,
+                              Executor* executor = nullptr);
 
-/// The integers of step "int8" for one batch element, for tests that compare backends bit for bit.
+/// The integers of precision int8, for tests that compare backends bit for bit. A scale that is
+/// not finite (NaN or Inf in the input) is NaN, its integers 0. Behind a key length all is 0.
 struct QuantizedOperands {
   std::vector<std::int8_t> q;  // [B, H, Nq, d]
   std::vector<std::int8_t> k;  // [B, Hkv, Nk, d], smoothed
