@@ -1,0 +1,103 @@
+#include "video/pretrain.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "sla2/error.h"
+
+namespace sla2::video {
+
+namespace {
+
+void check_sizes(const PretrainOptions& options) {
+  const std::array<std::int64_t, 3> size{options.data.frames, options.data.height,
+                                         options.data.width};
+  const char* names[] = {"frames", "height", "width"};
+  for (std::size_t i = 0; i < 3; ++i) {
+    if (size[i] % options.model.patch_size[i] != 0) {
+      throw Error(fmt::format("{} must be a multiple of the patch's {}, got {}", names[i],
+                              options.model.patch_size[i], size[i]));
+    }
+  }
+}
+
+Denoiser make_denoiser(const PretrainOptions& options, const Dataset& dataset, const Run& run) {
+  torch::manual_seed(mix(run.seed, kStreamInit));
+  Denoiser denoiser;
+  denoiser.has_card = true;
+  denoiser.transformer = WanTransformer(options.model);
+  denoiser.transformer->set_token_order(options.order);
+  denoiser.transformer->set_activation_checkpointing(options.checkpoint_activations);
+  denoiser.transformer->to(run.device);
+  denoiser.transformer->train();
+  ModelCard& card = denoiser.card;
+  card.frames = options.data.frames;
+  card.height = options.data.height;
+  card.width = options.data.width;
+  card.fps = options.data.fps;
+  card.prediction = options.flow.prediction == Prediction::kX ? "x" : "velocity";
+  card.shift = options.flow.shift;
+  card.captions = dataset.names();
+  std::sort(card.captions.begin(), card.captions.end());
+  card.captions.erase(std::unique(card.captions.begin(), card.captions.end()), card.captions.end());
+  card.caption_table =
+      torch::randn({denoiser.no_caption_row() + 1, options.caption_tokens, options.model.text_dim})
+          .to(run.device)
+          .requires_grad_(true);
+  return denoiser;
+}
+
+}  // namespace
+
+PretrainResult pretrain(const PretrainOptions& options, const std::filesystem::path& out,
+                        const nlohmann::json& config, Run& run) {
+  check_sizes(options);
+  validate(options.train);
+  const std::unique_ptr<Dataset> dataset = open_dataset(options.data, run);
+  if (dataset->has_latents()) {
+    throw Error("data must be video files: pretrain trains a pixel-space model, got latents");
+  }
+  Denoiser denoiser = make_denoiser(options, *dataset, run);
+  PretrainResult result;
+  std::vector<TrainedParameter> parameters = trained_parameters(*denoiser.transformer);
+  parameters.push_back({"caption_table", denoiser.card.caption_table});
+  for (const auto& parameter : parameters) result.parameters += parameter.value.numel();
+
+  Trainer trainer(std::move(parameters), options.train, out, config);
+  if (options.resume) trainer.resume();
+  BatchLoader loader(*dataset, {.seed = run.seed,
+                                .batch = options.batch,
+                                .micro_batches = options.train.accumulation,
+                                .first_step = trainer.next_step(),
+                                .threads = options.loader_threads,
+                                .pinned = run.device.is_cuda()});
+  trainer.train(
+      [&](std::int64_t step, std::int64_t micro) {
+        return diffusion_loss(denoiser, *dataset, loader.next(), options.flow, run.seed, step,
+                              micro);
+      },
+      run,
+      [&](std::int64_t step) -> std::string {
+        const Batch batch = dataset->batch(run.seed, step, options.batch);
+        denoiser.transformer->set_check_finite(true);
+        const torch::NoGradGuard no_grad;
+        diffusion_loss(denoiser, *dataset, batch, options.flow, run.seed, step);
+        denoiser.transformer->set_check_finite(false);
+        return denoiser.transformer->first_non_finite_layer().value_or("");
+      },
+      "pretraining");
+
+  trainer.use_average();
+  const torch::NoGradGuard no_grad;
+  denoiser.transformer->eval();
+  save_transformer(out, denoiser.transformer);
+  ModelCard card = denoiser.card;
+  card.caption_table = card.caption_table.detach().cpu();
+  save_model_card(out, card);
+  result.losses = trainer.losses();
+  result.clips = dataset->names();
+  return result;
+}
+
+}  // namespace sla2::video
