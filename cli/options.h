@@ -66,6 +66,9 @@ class Options {
   [[nodiscard]] nlohmann::json effective(bool results_only = false) const;
 
  private:
+  void read_config();
+  static void check(const Option& option);
+
   CLI::App& app_;
   std::string config_file_;
   std::vector<std::unique_ptr<Option>> options_;

@@ -1,0 +1,140 @@
+// The program: parses, opens the device, runs one command, turns errors into one line and a code.
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <thread>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+#include <torch/torch.h>
+
+#include "cli/command.h"
+#include "cli/progress.h"
+#include "io/files.h"
+#include "sla2/error.h"
+#include "video/device.h"
+
+namespace sla2::cli {
+
+namespace {
+
+constexpr int kRuntimeFailure = 1;
+constexpr int kUsage = 2;
+constexpr int kInterrupted = 130;
+
+std::atomic<bool> stop_flag{false};
+
+extern "C" void on_signal(int signal) {
+  stop_flag.store(true);
+  std::signal(signal, SIG_DFL);  // a second Ctrl-C stops at once
+}
+
+// One command with what main declares for it.
+struct Entry {
+  std::unique_ptr<Command> command;
+  std::unique_ptr<Options> options;
+  CLI::App* app = nullptr;
+  std::string device = "auto";
+  std::int64_t seed = 0;
+  std::int64_t threads = 0;
+};
+
+std::vector<std::unique_ptr<Entry>> make_entries(CLI::App& app) {
+  std::vector<std::unique_ptr<Entry>> entries;
+  const auto add = [&](std::unique_ptr<Command> command) {
+    Entry& entry = *entries.emplace_back(std::make_unique<Entry>());
+    entry.command = std::move(command);
+    entry.app = app.add_subcommand(entry.command->name(), entry.command->summary());
+    entry.options = std::make_unique<Options>(*entry.app);
+    entry.command->declare(*entry.options);
+    if (!entry.command->needs_device()) return;
+    entry.options->add("--device", entry.device, "auto, cpu, cuda or cuda:N").no_effect();
+    entry.options->add("--seed", entry.seed, "seed of everything random");
+    entry.options->add("--threads", entry.threads, "CPU threads, 0: torch's choice")
+        .range(0, 1024)
+        .no_effect();
+  };
+#define SLA2_COMMAND(name) add(make_##name());
+#include "cli/command_list.inc"
+#undef SLA2_COMMAND
+  return entries;
+}
+
+std::string one_line(std::string text) {
+  // c10::Error appends a C++ stack trace.
+  text = text.substr(0, text.find("\nException raised from"));
+  for (char& c : text) {
+    if (c == '\n' || c == '\r') c = ' ';
+  }
+  while (!text.empty() && text.back() == ' ') text.pop_back();
+  return text;
+}
+
+int fail(int code, const std::string& message) {
+  std::fprintf(stderr, "sla2: error: %s\n", one_line(message).c_str());
+  return code;
+}
+
+void run_entry(Entry& entry, const std::string& command_line) {
+  entry.options->finish();
+  ProgressBar progress;
+  // Asked for even where no GPU is wanted: it must come before torch's first answer about CUDA.
+  const torch::Device device =
+      entry.command->needs_device() ? video::open_device(entry.device) : torch::Device(torch::kCPU);
+  if (entry.threads > 0) torch::set_num_threads(static_cast<int>(entry.threads));
+  video::Run run{.device = device, .seed = entry.seed, .progress = progress, .stop = &stop_flag};
+  Session session{.run = run,
+                  .options = *entry.options,
+                  .command = entry.command->name(),
+                  .command_line = command_line};
+  entry.command->run(session);
+}
+
+int run_program(int argc, char** argv) {
+  CLI::App app{"Sparse-linear attention (SLA2) for video diffusion", "sla2"};
+  app.set_version_flag("--version", SLA2_VERSION);
+  app.require_subcommand(1);
+  auto entries = make_entries(app);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);
+    return fail(kUsage, fmt::format("{} (see sla2 --help)", error.what()));
+  }
+  std::string command_line = "sla2";
+  for (int i = 1; i < argc; ++i) command_line += std::string(" ") + argv[i];
+  std::signal(SIGINT, on_signal);
+  std::signal(SIGTERM, on_signal);
+  std::signal(SIGPIPE, SIG_IGN);
+  for (const auto& entry : entries) {
+    if (entry->app->parsed()) run_entry(*entry, command_line);
+  }
+  return 0;
+}
+
+}  // namespace
+
+void Session::prepare_output(const std::filesystem::path& folder) const {
+  io::make_output_folder(folder);
+  io::write_file(folder / (command + ".json"), options.effective().dump(2) + "\n");
+}
+
+}  // namespace sla2::cli
+
+int main(int argc, char** argv) {
+  using namespace sla2;
+  try {
+    return cli::run_program(argc, argv);
+  } catch (const cli::UsageError& error) {
+    return cli::fail(cli::kUsage, error.what());
+  } catch (const video::Interrupted& error) {
+    std::fprintf(stderr, "sla2: %s\n", error.what());
+    return cli::kInterrupted;
+  } catch (const std::bad_alloc&) {
+    return cli::fail(cli::kRuntimeFailure, "out of memory");
+  } catch (const std::exception& error) {
+    return cli::fail(cli::kRuntimeFailure, error.what());
+  }
+}
