@@ -20,7 +20,8 @@ std::string read_file(const std::filesystem::path& path, std::size_t max_bytes);
 /// (kRuntime) names the path and the reason.
 void write_file(const std::filesystem::path& path, std::string_view contents);
 /// The same for contents that are streamed: `parts` are written one behind the other.
-void write_file(const std::filesystem::path& path, std::span<const std::span<const std::byte>> parts);
+void write_file(const std::filesystem::path& path,
+                std::span<const std::span<const std::byte>> parts);
 
 /// Creates the folder and proves that files can be written in it, or throws sla2::Error (kRuntime).
 void make_output_folder(const std::filesystem::path& path);

@@ -12,7 +12,18 @@
 
 namespace sla2::io {
 
-enum class ElementType : std::uint8_t { kF64, kF32, kF16, kBF16, kI64, kI32, kI16, kI8, kU8, kBool };
+enum class ElementType : std::uint8_t {
+  kF64,
+  kF32,
+  kF16,
+  kBF16,
+  kI64,
+  kI32,
+  kI16,
+  kI8,
+  kU8,
+  kBool
+};
 [[nodiscard]] std::size_t bytes_of(ElementType type);
 [[nodiscard]] const char* name_of(ElementType type);  // "F32", "BF16", ...
 
