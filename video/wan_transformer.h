@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
-#include "token_order.h"
+#include "video/attention.h"
+#include "video/token_order.h"
 
 namespace sla2::video {
 

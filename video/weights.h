@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "token_order.h"
-#include "wan_transformer.h"
+#include "video/token_order.h"
+#include "video/wan_transformer.h"
 
 namespace sla2::video {
 
