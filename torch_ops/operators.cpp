@@ -152,9 +152,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_kern
         k_mean.numel() != p.batch * p.num_kv_heads * p.head_dim) {
       throw Error("lse and k_mean must be those that forward saved, got other sizes");
     }
+    const ConstRouting routing = arguments.inputs.routing;
+    arguments.inputs.routing = {};  // it is what forward used, not one that the caller imposes
     const Saved saved{arguments.view("out_sparse", out_sparse),
                       arguments.view("out_linear", out_linear), arguments.dense_f32(lse),
-                      arguments.dense_f32(k_mean), arguments.inputs.routing};
+                      arguments.dense_f32(k_mean), routing};
     const ConstView d_out_view = arguments.view("d_out", d_out);
 
     Gradients gradients;

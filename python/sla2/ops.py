@@ -71,8 +71,8 @@ def routing_shape(q_tokens, k_tokens, options, numbers):
     q_blocks = (q_tokens + block_q - 1) // block_q
     k_blocks = (k_tokens + block_k - 1) // block_k
     fixed = (end + block_k - 1) // block_k - begin // block_k if end > begin else 0
-    kept = torch.sym_max(math.floor(numbers[0] * k_blocks + 1e-6), 1)
-    return q_blocks, torch.sym_min(kept + fixed, k_blocks), k_blocks
+    kept = max(math.floor(numbers[0] * k_blocks + 1e-6), 1)
+    return q_blocks, min(kept + fixed, k_blocks), k_blocks
 
 
 def _empty_like_layout(like, features):
