@@ -1,0 +1,482 @@
+#include "video/calibrate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <string>
+
+#include <fmt/format.h>
+
+#include "io/files.h"
+#include "io/safetensors.h"
+#include "sla2/error.h"
+#include "video/device.h"
+
+namespace sla2::video {
+
+namespace fs = std::filesystem;
+using torch::Tensor;
+
+namespace {
+
+constexpr double kBeta1 = 0.9, kBeta2 = 0.99, kEps = 1e-8;
+constexpr double kAlphaFloor = 0.02;
+
+Tensor full_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  return torch::scaled_dot_product_attention(q, k, v);
+}
+
+/// Adam over the tensors of one layer; its state lies in the checkpoint.
+struct LayerOptimizer {
+  struct Entry {
+    std::string name;
+    Tensor value, first, second;
+    double lr;
+  };
+  std::vector<Entry> entries;
+  std::int64_t updates = 0;
+
+  void add(const std::string& name, const Tensor& value, double lr) {
+    if (!value.defined()) return;
+    entries.push_back({name, value, torch::zeros_like(value), torch::zeros_like(value), lr});
+  }
+  void step() {
+    const torch::NoGradGuard no_grad;
+    ++updates;
+    const double correct1 = 1 - std::pow(kBeta1, static_cast<double>(updates));
+    const double correct2 = 1 - std::pow(kBeta2, static_cast<double>(updates));
+    for (Entry& entry : entries) {
+      Tensor& gradient = entry.value.mutable_grad();
+      if (!gradient.defined()) continue;
+      entry.first.mul_(kBeta1).add_(gradient, 1 - kBeta1);
+      entry.second.mul_(kBeta2).addcmul_(gradient, gradient, 1 - kBeta2);
+      const Tensor scale = (entry.second / correct2).sqrt_().add_(kEps);
+      entry.value.addcdiv_(entry.first, scale, -entry.lr / correct1);
+      gradient.reset();
+    }
+  }
+};
+
+std::string module_path(std::int64_t layer) { return fmt::format("blocks.{}.attn1", layer); }
+
+/// Takes the observer off the model on every way out.
+class ObserverGuard {
+ public:
+  ObserverGuard(WanTransformer model, SelfAttentionObserver observer) : model_(std::move(model)) {
+    model_->set_observer(std::move(observer));
+  }
+  ~ObserverGuard() { model_->set_observer({}); }
+  ObserverGuard(const ObserverGuard&) = delete;
+  ObserverGuard& operator=(const ObserverGuard&) = delete;
+
+ private:
+  WanTransformer model_;
+};
+
+Config config_of(const Config& base, double keep, RoutingMode routing) {
+  Config config = base;
+  config.keep = keep;
+  config.routing = routing;
+  return config;
+}
+
+/// One job of stage 1.
+class Calibration {
+ public:
+  Calibration(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& start,
+              const CalibrateOptions& options, Run& run, fs::path folder)
+      : denoiser_(denoiser),
+        dataset_(dataset),
+        start_(start),
+        options_(options),
+        run_(run),
+        folder_(std::move(folder)) {
+    modules_ = make_attention(start, denoiser.transformer->config(), denoiser.device());
+    before_ = torch::zeros({num_layers(), num_keeps()}, torch::kFloat64);
+    optimizers_.resize(modules_.size());
+    for (std::size_t i = 0; i < modules_.size(); ++i) {
+      optimizers_[i].add("proj_q", modules_[i]->proj_q, options.router_lr);
+      optimizers_[i].add("proj_k", modules_[i]->proj_k, options.router_lr);
+      optimizers_[i].add("alpha_logit", modules_[i]->alpha_logit, options.alpha_lr);
+    }
+  }
+
+  CalibrateResult run(bool resume);
+
+ private:
+  std::int64_t num_layers() const { return static_cast<std::int64_t>(modules_.size()); }
+  std::int64_t num_keeps() const { return static_cast<std::int64_t>(options_.keeps.size()); }
+  Tensor measure_errors(const std::string& task);
+  void start_alpha();
+  void train_step(std::int64_t step);
+  void save(std::int64_t step);
+  std::int64_t load();
+  std::string fingerprint() const;
+  std::map<std::string, Tensor> checkpoint_tensors();
+
+  Denoiser& denoiser_;
+  const Dataset& dataset_;
+  const Sla2Weights& start_;
+  const CalibrateOptions& options_;
+  Run& run_;
+  fs::path folder_;
+  std::vector<sla2::nn::Attention> modules_;
+  std::vector<LayerOptimizer> optimizers_;
+  Tensor before_;  // [layers, keeps] fp64
+  std::vector<double> losses_;
+};
+
+Tensor Calibration::measure_errors(const std::string& task) {
+  const torch::NoGradGuard no_grad;
+  Tensor wrong = torch::zeros({num_layers(), num_keeps()}, torch::kFloat64);
+  Tensor right = torch::zeros({num_layers(), 1}, torch::kFloat64);
+  const ObserverGuard guard(denoiser_.transformer, [&](std::int64_t layer, const Tensor& q,
+                                                       const Tensor& k, const Tensor& v) {
+    const Tensor target = full_attention(q, k, v);
+    right[layer][0] += target.to(torch::kFloat64).square().sum().cpu();
+    sla2::nn::Attention& module = modules_[static_cast<std::size_t>(layer)];
+    for (std::int64_t i = 0; i < num_keeps(); ++i) {
+      const double keep = options_.keeps[static_cast<std::size_t>(i)];
+      module->options.config = config_of(start_.config, keep, RoutingMode::kHard);
+      const Tensor out = module->forward(q, k, v);
+      wrong[layer][i] += (out - target).to(torch::kFloat64).square().sum().cpu();
+    }
+  });
+  run_.progress.begin(task, options_.held_out_samples);
+  for (std::int64_t i = 0; i < options_.held_out_samples; ++i) {
+    run_.check_stop(task);
+    // Levels spread over (0, 1), the same ones before and after.
+    const double t =
+        (static_cast<double>(i) + 0.5) / static_cast<double>(options_.held_out_samples);
+    run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamEvaluate, i, 1, t);
+    run_.progress.update(i + 1);
+  }
+  run_.progress.end();
+  return (wrong / right.clamp_min(1e-30)).sqrt();
+}
+
+void Calibration::start_alpha() {
+  const torch::NoGradGuard no_grad;
+  std::vector<Tensor> sums(modules_.size());
+  const ObserverGuard guard(denoiser_.transformer, [&](std::int64_t layer, const Tensor& q,
+                                                       const Tensor& k, const Tensor&) {
+    const Tensor mass = block_attention_mass(q, k, start_.config.block_q, start_.config.block_k);
+    Tensor& sum = sums[static_cast<std::size_t>(layer)];
+    for (const double keep : options_.keeps) {
+      const Config config = config_of(start_.config, keep, RoutingMode::kHard);
+      const Tensor held = routed_mass(mass, sla2::nn::route(q, k, {}, config).blocks).mean(0);
+      sum = sum.defined() ? sum + held : held;
+    }
+  });
+  for (std::int64_t i = 0; i < options_.alpha_samples; ++i) {
+    run_.check_stop("measuring alpha");
+    run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamCalibrate, i, 1);
+  }
+  const auto count = static_cast<double>(options_.alpha_samples * num_keeps());
+  for (std::size_t i = 0; i < modules_.size(); ++i) {
+    Tensor mean = sums[i] / count;  // [H, M]
+    Tensor& alpha = modules_[i]->alpha_logit;
+    if (alpha.size(1) == 1) mean = mean.mean(1, /*keepdim=*/true);
+    alpha.copy_(mean.clamp(kAlphaFloor, 1 - kAlphaFloor).logit());
+  }
+}
+
+void Calibration::train_step(std::int64_t step) {
+  const torch::NoGradGuard no_grad;
+  const bool turns = options_.schedule == KeepSchedule::kTurns;
+  Tensor total = torch::zeros({}, torch::TensorOptions(denoiser_.device()));
+  std::int64_t terms = 0;
+  const ObserverGuard guard(denoiser_.transformer, [&](std::int64_t layer, const Tensor& q,
+                                                       const Tensor& k, const Tensor& v) {
+    const Tensor target = full_attention(q, k, v);
+    const auto index = static_cast<std::size_t>(layer);
+    const std::int64_t first = turns ? step % num_keeps() : 0;
+    const std::int64_t last = turns ? first + 1 : num_keeps();
+    for (std::int64_t i = first; i < last; ++i) {
+      const torch::AutoGradMode with_grad(true);
+      modules_[index]->options.config =
+          config_of(start_.config, options_.keeps[static_cast<std::size_t>(i)], RoutingMode::kSoft);
+      const Tensor out = modules_[index]->forward(q.detach(), k.detach(), v.detach());
+      const Tensor loss = torch::mse_loss(out.to(torch::kFloat32), target.to(torch::kFloat32));
+      loss.backward();
+      optimizers_[index].step();
+      total += loss.detach();
+      ++terms;
+    }
+  });
+  // Behind the samples that alpha was measured on.
+  const std::int64_t sample = options_.alpha_samples + step * options_.batch;
+  run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamCalibrate, sample,
+             options_.batch);
+  losses_.push_back(total.item<double>() / static_cast<double>(std::max<std::int64_t>(terms, 1)));
+  if (!std::isfinite(losses_.back())) {
+    throw Error(ErrorKind::kRuntime,
+                fmt::format("stage 1: the loss is not finite at step {}; the last good checkpoint "
+                            "is {}",
+                            step, (folder_ / "checkpoint.safetensors").string()));
+  }
+}
+
+std::map<std::string, Tensor> Calibration::checkpoint_tensors() {
+  std::map<std::string, Tensor> tensors;
+  for (std::size_t i = 0; i < optimizers_.size(); ++i) {
+    for (LayerOptimizer::Entry& entry : optimizers_[i].entries) {
+      const std::string name = module_path(static_cast<std::int64_t>(i)) + "." + entry.name;
+      tensors[name] = entry.value;
+      tensors[name + ".first"] = entry.first;
+      tensors[name + ".second"] = entry.second;
+    }
+  }
+  return tensors;
+}
+
+std::string Calibration::fingerprint() const {
+  return nlohmann::json{{"keeps", options_.keeps},
+                        {"batch", options_.batch},
+                        {"router_lr", options_.router_lr},
+                        {"alpha_lr", options_.alpha_lr},
+                        {"turns", options_.schedule == KeepSchedule::kTurns},
+                        {"alpha_samples", options_.alpha_samples},
+                        {"held_out_samples", options_.held_out_samples},
+                        {"block_q", start_.config.block_q},
+                        {"block_k", start_.config.block_k},
+                        {"layers", num_layers()},
+                        {"seed", run_.seed}}
+      .dump();
+}
+
+void Calibration::save(std::int64_t step) {
+  std::map<std::string, Tensor> tensors;
+  for (const auto& [name, tensor] : checkpoint_tensors()) tensors[name] = tensor.detach().cpu();
+  tensors["error_before"] = before_;
+  tensors["losses"] = torch::tensor(losses_, torch::kFloat64);
+  save_tensors(folder_ / "checkpoint.safetensors", tensors,
+               {{"step", std::to_string(step)},
+                {"updates", std::to_string(optimizers_.front().updates)},
+                {"options", fingerprint()}});
+}
+
+std::int64_t Calibration::load() {
+  const fs::path path = folder_ / "checkpoint.safetensors";
+  const io::SafetensorsFile file(path);
+  const auto text = [&](const char* key) {
+    const auto found = file.metadata().find(key);
+    if (found == file.metadata().end()) {
+      throw Error(fmt::format("{}: not a checkpoint of stage 1: no \"{}\"", path.string(), key));
+    }
+    return found->second;
+  };
+  if (text("options") != fingerprint()) {
+    throw Error(fmt::format("{}: made with other options: {}, now {}", path.string(),
+                            text("options"), fingerprint()));
+  }
+  std::map<std::string, Tensor> saved = load_tensors(path);
+  const torch::NoGradGuard no_grad;
+  const auto take = [&](const std::string& name) {
+    const auto found = saved.find(name);
+    if (found == saved.end()) throw Error(fmt::format("{}: no tensor {}", path.string(), name));
+    return found->second;
+  };
+  for (auto& [name, tensor] : checkpoint_tensors()) tensor.copy_(take(name));
+  before_ = take("error_before").clone();
+  const Tensor losses = take("losses").to(torch::kFloat64).contiguous();
+  losses_.assign(losses.data_ptr<double>(), losses.data_ptr<double>() + losses.numel());
+  for (LayerOptimizer& optimizer : optimizers_) optimizer.updates = std::stoll(text("updates"));
+  return std::stoll(text("step"));
+}
+
+CalibrateResult Calibration::run(bool resume) {
+  io::make_output_folder(folder_);
+  const bool trains = start_.config.method == Method::kSla2;
+  std::int64_t step = 0;
+  if (trains && resume && fs::exists(folder_ / "checkpoint.safetensors")) {
+    step = load();
+  } else {
+    before_ = measure_errors("attention error before");
+    if (trains) start_alpha();
+  }
+  Tensor after = before_;
+  if (trains) {
+    run_.progress.begin("stage 1: router and alpha", options_.steps, step);
+    for (; step < options_.steps; ++step) {
+      if (run_.stop_requested()) {
+        save(step);
+        run_.progress.end();
+        run_.check_stop("stage 1");
+      }
+      train_step(step);
+      run_.progress.update(step + 1, losses_.back());
+      if ((step + 1) % options_.checkpoint_every == 0 || step + 1 == options_.steps) save(step + 1);
+    }
+    run_.progress.end();
+    after = measure_errors("attention error after");
+  }
+  CalibrateResult result;
+  result.weights = start_;
+  result.weights.keeps = options_.keeps;
+  result.weights.tensors.clear();
+  for (std::int64_t i = 0; i < num_layers(); ++i) {
+    const sla2::nn::Attention& module = modules_[static_cast<std::size_t>(i)];
+    const auto put = [&](const char* name, const Tensor& tensor) {
+      if (tensor.defined()) {
+        result.weights.tensors[module_path(i) + "." + name] = tensor.detach().cpu().clone();
+      }
+    };
+    put("proj_q", module->proj_q);
+    put("proj_k", module->proj_k);
+    put("alpha_logit", module->alpha_logit);
+    put("proj_out", module->proj_out);
+    for (std::int64_t j = 0; j < num_keeps(); ++j) {
+      result.errors.push_back({i, options_.keeps[static_cast<std::size_t>(j)],
+                               before_[i][j].item<double>(), after[i][j].item<double>()});
+    }
+  }
+  result.losses = losses_;
+  for (std::size_t i = 0; i < losses_.size(); ++i) {
+    result.step_keeps.push_back(options_.schedule == KeepSchedule::kTurns
+                                    ? options_.keeps[i % options_.keeps.size()]
+                                    : 0.0);
+  }
+  return result;
+}
+
+}  // namespace
+
+void validate(const CalibrateOptions& options) {
+  const auto need = [](bool good, const char* rule, auto value) {
+    if (!good) throw Error(fmt::format("{}, got {}", rule, value));
+  };
+  need(!options.keeps.empty(), "keeps must hold at least one value", 0);
+  for (const double keep : options.keeps) {
+    need(keep > 0 && keep <= 1, "keeps must be in (0, 1]", keep);
+  }
+  need(options.steps >= 1, "steps must be at least 1", options.steps);
+  need(options.batch >= 1, "batch must be at least 1", options.batch);
+  need(options.router_lr > 0 && options.router_lr <= 1, "router_lr must be in (0, 1]",
+       options.router_lr);
+  need(options.alpha_lr > 0 && options.alpha_lr <= 1, "alpha_lr must be in (0, 1]",
+       options.alpha_lr);
+  need(options.alpha_samples >= 1, "alpha_samples must be at least 1", options.alpha_samples);
+  need(options.held_out_samples >= 1, "held_out_samples must be at least 1",
+       options.held_out_samples);
+  need(options.checkpoint_every >= 1, "checkpoint_every must be at least 1",
+       options.checkpoint_every);
+}
+
+Tensor block_attention_mass(const Tensor& q, const Tensor& k, std::int64_t block_q,
+                            std::int64_t block_k) {
+  const torch::NoGradGuard no_grad;
+  const std::int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
+  const std::int64_t rows = (queries + block_q - 1) / block_q;
+  const std::int64_t columns = (keys + block_k - 1) / block_k;
+  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
+  Tensor mass = torch::empty({batch, heads, rows, columns}, q.options().dtype(torch::kFloat32));
+  const Tensor keys_t = k.to(torch::kFloat32).repeat_interleave(heads / k.size(1), 1);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const std::int64_t begin = row * block_q, end = std::min(queries, begin + block_q);
+    const Tensor scores =
+        torch::matmul(q.slice(2, begin, end).to(torch::kFloat32), keys_t.transpose(2, 3)) * scale;
+    Tensor weights = torch::softmax(scores, -1).mean(2);  // [B, H, keys]
+    weights = torch::constant_pad_nd(weights, {0, columns * block_k - keys});
+    mass.select(2, row).copy_(weights.view({batch, heads, columns, block_k}).sum(-1));
+  }
+  return mass;
+}
+
+Tensor routed_mass(const Tensor& mass, const Tensor& blocks) {
+  const Tensor held = mass.gather(3, blocks.clamp_min(0).to(torch::kInt64));
+  return (held * (blocks >= 0)).sum(-1);
+}
+
+void run_sample(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
+                std::int64_t seed, std::int64_t stream, std::int64_t index, std::int64_t count,
+                double t) {
+  const torch::NoGradGuard no_grad;
+  const torch::Device device = denoiser.device();
+  const auto data_seed = static_cast<std::int64_t>(mix(seed, stream) >> 1);
+  const Batch batch = dataset.batch(data_seed, index, count);
+  const Tensor x = to_model_input(batch, device);
+  const at::Generator generator = make_generator(torch::kCPU, data_seed, kStreamNoise, index);
+  const Tensor noise =
+      torch::randn(x.sizes(), generator, torch::TensorOptions(torch::kFloat32)).to(device);
+  const Tensor level =
+      t >= 0 ? torch::full({count}, t, torch::kFloat32) : sample_timesteps(count, flow, generator);
+  Tensor text = batch.text;
+  if (!text.defined()) {
+    std::vector<std::int64_t> rows;
+    for (const std::int64_t clip : batch.clip) {
+      const std::string& name = dataset.names()[static_cast<std::size_t>(clip)];
+      const auto& captions = denoiser.card.captions;
+      const bool known = std::find(captions.begin(), captions.end(), name) != captions.end();
+      rows.push_back(known ? denoiser.caption_row(name) : denoiser.no_caption_row());
+    }
+    text = denoiser.text_of_rows(rows);
+  }
+  const Tensor on_device = level.to(device);
+  const Autocast autocast(device, true);
+  denoiser.velocity(add_noise(x, noise, on_device), on_device, text.to(device));
+}
+
+std::vector<sla2::nn::Attention> make_attention(const Sla2Weights& weights, const WanConfig& config,
+                                                const torch::Device& device) {
+  const torch::NoGradGuard no_grad;
+  std::vector<sla2::nn::Attention> modules;
+  sla2::nn::AttentionOptions options;
+  options.num_heads = config.num_attention_heads;
+  options.head_dim = config.attention_head_dim;
+  options.seq_len = weights.grid[0] * weights.grid[1] * weights.grid[2];
+  options.config = weights.config;
+  options.router = weights.router;
+  options.alpha = weights.alpha;
+  for (std::int64_t i = 0; i < config.num_layers; ++i) {
+    sla2::nn::Attention module(options);
+    module->to(device);
+    const auto fill = [&](const char* name, Tensor& tensor) {
+      const auto found = weights.tensors.find(module_path(i) + "." + name);
+      if (found != weights.tensors.end()) tensor.copy_(found->second);
+    };
+    fill("proj_q", module->proj_q);
+    fill("proj_k", module->proj_k);
+    fill("alpha_logit", module->alpha_logit);
+    fill("proj_out", module->proj_out);
+    modules.push_back(module);
+  }
+  return modules;
+}
+
+Sla2Weights start_weights(const Denoiser& denoiser, const Config& config, const TokenOrder& order) {
+  Sla2Weights weights;
+  weights.config = config;
+  weights.order = order;
+  const ModelCard& card = denoiser.card;
+  weights.grid = denoiser.transformer->grid(card.frames, card.height, card.width);
+  for (std::int64_t i = 0; i < denoiser.transformer->config().num_layers; ++i) {
+    weights.layers.push_back(module_path(i));
+  }
+  return weights;
+}
+
+nlohmann::json to_json(const std::vector<LayerError>& errors) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const LayerError& error : errors) {
+    list.push_back({{"layer", error.layer},
+                    {"keep", error.keep},
+                    {"error_before", error.before},
+                    {"error_after", error.after}});
+  }
+  return list;
+}
+
+CalibrateResult calibrate(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& start,
+                          const CalibrateOptions& options, Run& run, const fs::path& folder,
+                          bool resume) {
+  validate(options);
+  validate(start.config);
+  remove_sla2(denoiser.transformer);
+  denoiser.transformer->set_token_order(start.order);
+  denoiser.transformer->eval();
+  Calibration job(denoiser, dataset, start, options, run, folder);
+  return job.run(resume);
+}
+
+}  // namespace sla2::video

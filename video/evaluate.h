@@ -1,0 +1,49 @@
+// Figures that methods are compared by: validation loss, PSNR to the full model, time of a step.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+#include <torch/torch.h>
+
+#include "video/data.h"
+#include "video/denoiser.h"
+#include "video/flow.h"
+#include "video/run.h"
+#include "video/weights.h"
+
+namespace sla2::video {
+
+/// Mean diffusion loss over `samples` fixed windows, noises and noise levels (no caption dropout).
+double validation_loss(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
+                       std::int64_t samples, Run& run);
+
+/// Peak signal to noise ratio in dB of two videos in [-1, 1]; 99 for equal ones.
+double psnr(const torch::Tensor& a, const torch::Tensor& b);
+
+/// One kind of attention to time.
+struct TimedMethod {
+  std::string method;  // "full", "sla2", "sla"
+  double keep = 1;
+  Sla2Weights weights;  // not used for full
+};
+struct StepTime {
+  std::string method;
+  double keep = 1;
+  double step_ms = 0;       // one velocity of one sample, median
+  double attention_ms = 0;  // its self-attention over all layers, median, timed on the same q, k, v
+};
+
+/// Times `methods` in turns, `repeats` rounds after one warm-up, on the denoiser's model, which is
+/// left with full attention.
+std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMethod>& methods,
+                                   std::int64_t repeats, Run& run);
+[[nodiscard]] nlohmann::json to_json(const std::vector<StepTime>& times);
+
+/// Processor, cores, threads, memory, GPU, chosen kernels; and versions of what computed.
+[[nodiscard]] nlohmann::json describe_machine(const torch::Device& device);
+[[nodiscard]] nlohmann::json describe_versions();
+
+}  // namespace sla2::video

@@ -1,0 +1,72 @@
+#include "video/tune.h"
+
+#include <string>
+
+#include <fmt/format.h>
+
+#include "io/files.h"
+#include "sla2/error.h"
+
+namespace sla2::video {
+
+std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, double attention_lr_scale) {
+  std::vector<TrainedParameter> parameters;
+  for (auto& item : model->named_parameters()) {
+    if (item.key().find(".sla2.") != std::string::npos) continue;
+    item.value().set_requires_grad(true);
+    parameters.push_back({item.key(), item.value()});
+  }
+  for (std::int64_t layer = 0; layer < model->config().num_layers; ++layer) {
+    const sla2::nn::Attention module = model->attention(layer);
+    if (module.is_empty()) continue;
+    for (torch::Tensor* router : {&module->proj_q, &module->proj_k}) {
+      if (router->defined()) router->set_requires_grad(false);
+    }
+    const auto train = [&](const char* name, torch::Tensor& tensor) {
+      if (!tensor.defined()) return;
+      tensor.set_requires_grad(true);
+      parameters.push_back(
+          {fmt::format("blocks.{}.attn1.{}", layer, name), tensor, attention_lr_scale});
+    };
+    train("alpha_logit", module->alpha_logit);
+    train("proj_out", module->proj_out);
+  }
+  return parameters;
+}
+
+TuneResult tune(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& weights,
+                const TuneOptions& options, Run& run, const std::filesystem::path& folder,
+                const nlohmann::json& config, bool resume, const std::string& task) {
+  if (options.batch < 1)
+    throw Error(fmt::format("batch must be at least 1, got {}", options.batch));
+  if (!(options.attention_lr_scale > 0)) {
+    throw Error(
+        fmt::format("attention_lr_scale must be above 0, got {}", options.attention_lr_scale));
+  }
+  if (weights.config.routing != RoutingMode::kHard) {
+    throw Error("routing must be \"hard\" in stage 2, got \"soft\"");
+  }
+  io::make_output_folder(folder);
+  apply_sla2(denoiser.transformer, weights);
+  denoiser.transformer->train();
+  Trainer trainer(tuned_parameters(denoiser.transformer, options.attention_lr_scale), options.train,
+                  folder, config);
+  if (resume && std::filesystem::exists(trainer.checkpoint_path())) trainer.resume();
+  BatchLoader loader(dataset, {.seed = run.seed,
+                               .batch = options.batch,
+                               .micro_batches = options.train.accumulation,
+                               .first_step = trainer.next_step()});
+  const auto loss = [&](std::int64_t step, std::int64_t micro) {
+    return diffusion_loss(denoiser, dataset, loader.next(), options.flow, run.seed, step, micro);
+  };
+  trainer.train(loss, run, {}, task);
+  if (options.train.ema_decay > 0) trainer.use_average();
+  denoiser.transformer->eval();
+  TuneResult result{collect_sla2(denoiser.transformer, weights), trainer.losses()};
+  save_sla2(folder, result.weights);
+  save_transformer(folder / "transformer", denoiser.transformer, torch::kFloat32);
+  if (denoiser.has_card) save_model_card(folder / "transformer", denoiser.card);
+  return result;
+}
+
+}  // namespace sla2::video
