@@ -108,9 +108,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_kerne
     const Problem& p = arguments.problem;
 
     const Tensor out = empty_in_layout_of(q, p.value_dim);
-    const Tensor no_value = torch::stable::new_empty(q, Integers{0});
-    Tensor out_sparse = no_value, out_linear = no_value;
-    Tensor lse = empty_f32(q, {0}), k_mean = lse, used_logits = lse;
+    const auto no_value = [&] { return torch::stable::new_empty(q, Integers{0}); };
+    const auto no_f32 = [&] { return empty_f32(q, {0}); };  // results must not alias each other
+    Tensor out_sparse = no_value(), out_linear = no_value();
+    Tensor lse = no_f32(), k_mean = no_f32(), used_logits = no_f32();
     Tensor used_blocks = empty_i32(q, {0});
     Outputs outputs;
     outputs.out = mutable_view(out);

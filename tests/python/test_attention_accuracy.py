@@ -251,9 +251,10 @@ def test_16_bit_inputs(dtype, unit):
 @pytest.mark.parametrize("routing", ["hard", "soft"])
 def test_finite_differences(routing):
     """gradcheck wants double, which the operators do not take: the derivative along one random
-    direction, by central differences of fp32 results summed in double. At a step of 1e-2 the
-    truncation (step^2) is about 1e-4 and the rounding (2^-24 * sqrt(outputs) / step) below that:
-    2e-3 allows both. Routing is held fixed for q, k, v; the router moves it by itself."""
+    direction, by central differences of fp32 results summed in double. The derivatives are about
+    100, the step 1e-3: the truncation is about 1e-4 of them (1e-2 at a step of 1e-2, for the router
+    with its 1/tau) and the rounding, 2^-24 sqrt(outputs) / step = 3e-3, less. Allowed is 1e-3.
+    Routing is held fixed for q, k, v and alpha_logit; the router moves it by itself."""
     config = dataclasses.replace(BASE, routing=routing)
     q, k, v = make_inputs((1, 2, 1, 70, 100, 16, 16), grad=True)
     parameters = make_parameters(2, 16, 2)
@@ -269,7 +270,7 @@ def test_finite_differences(routing):
             return (out.double() * cotangent).sum()
 
         grads = torch.autograd.grad(value(*tensors), tensors)
-        step = 1e-2
+        step = 1e-3
         for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
             # Along the gradient, so that the derivative is as large as it can be.
             direction = grad / grad.norm() * tensor.numel() ** 0.5
@@ -278,7 +279,7 @@ def test_finite_differences(routing):
                                  for j, t in enumerate(tensors)]) for s in (1, -1)]
             numeric = float(sides[0] - sides[1]) / (2 * step)
             analytic = float((grad.double() * direction.double()).sum())
-            assert abs(numeric - analytic) <= 2e-3 * abs(analytic) + 1e-4, i
+            assert abs(numeric - analytic) <= 1e-3 * abs(analytic) + 3e-3, i
 
     check((q, k, v, parameters[2]), fixed)
     if routing == "soft":
