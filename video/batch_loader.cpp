@@ -9,6 +9,8 @@
 namespace sla2::video {
 
 struct BatchLoader::State {
+  State(const Dataset& data, const Options& how) : dataset(data), options(how) {}
+
   const Dataset& dataset;
   Options options;
   std::mutex mutex;
@@ -57,7 +59,7 @@ void BatchLoader::State::work() {
 }
 
 BatchLoader::BatchLoader(const Dataset& dataset, const Options& options)
-    : state_(new State{.dataset = dataset, .options = options}) {
+    : state_(new State(dataset, options)) {
   state_->next_ticket = state_->next_wanted = options.first_step * options.micro_batches;
   for (std::int64_t i = 0; i < options.threads; ++i) {
     state_->threads.emplace_back([state = state_.get()] { state->work(); });

@@ -48,7 +48,9 @@ Sample load_sample(const fs::path& file) {
 class LatentDataset final : public Dataset {
  public:
   LatentDataset(std::vector<fs::path> files, const Sample& like)
-      : files_(std::move(files)), latents_(like.latents.sizes()), text_(like.text.sizes()) {
+      : files_(std::move(files)),
+        latents_(like.latents.sizes().vec()),
+        text_(like.text.sizes().vec()) {
     for (const fs::path& file : files_) names_.push_back(file.stem().string());
   }
 

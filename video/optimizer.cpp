@@ -27,8 +27,9 @@ Optimizer::Optimizer(const std::vector<TrainedParameter>& parameters, const Trai
       return g.lr_scale == parameter.lr_scale && g.weight_decay == decay;
     });
     if (group == groups_.end()) {
-      groups_.push_back({.lr_scale = parameter.lr_scale, .weight_decay = decay});
-      group = groups_.end() - 1;
+      group = groups_.emplace(groups_.end());
+      group->lr_scale = parameter.lr_scale;
+      group->weight_decay = decay;
     }
     group->values.push_back(values_.back());
     group->gradients.push_back(gradients_.back());

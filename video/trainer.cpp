@@ -263,7 +263,8 @@ std::int64_t Trainer::resume() {
   state.next = static_cast<std::int64_t>(state.losses.size());
   if (metadata.at("step") != std::to_string(state.next))
     throw Error(broken + "step and losses differ");
-  at::globalContext().defaultGenerator(torch::kCPU).set_state(tensors.at("torch_rng"));
+  at::Generator generator = at::globalContext().defaultGenerator(torch::kCPU);
+  generator.set_state(tensors.at("torch_rng"));
   state.saved = state.next;
   state.trim_log();
   return state.next;
