@@ -17,7 +17,7 @@ std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, double att
     parameters.push_back({item.key(), item.value()});
   }
   for (std::int64_t layer = 0; layer < model->config().num_layers; ++layer) {
-    const sla2::nn::Attention module = model->attention(layer);
+    sla2::nn::Attention module = model->attention(layer);
     if (module.is_empty()) continue;
     for (torch::Tensor* router : {&module->proj_q, &module->proj_k}) {
       if (router->defined()) router->set_requires_grad(false);

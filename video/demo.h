@@ -1,0 +1,42 @@
+// From real video to a report: both stages, the same seeds with every method, one page.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "video/run.h"
+
+namespace sla2::video {
+
+struct DemoOptions {
+  std::filesystem::path out = "out/demo";
+  std::filesystem::path model;                      // a model with a card
+  std::vector<std::filesystem::path> train_inputs;  // clips of both stages
+  std::vector<std::filesystem::path> own_inputs;    // shown video to video instead, if any
+  std::string preset = "small", command;
+  std::vector<double> keeps{0.10, 0.05, 0.03};  // the first one is the main one
+  std::int64_t block_q = 64, block_k = 32;
+  std::int64_t stage1_steps = 40, stage1_batch = 1;
+  bool keeps_in_turns = true;  // stage 1 trains one keep a step instead of all of them
+  std::int64_t stage2_steps = 60, stage2_batch = 2;
+  double stage2_lr = 1e-4;
+  std::int64_t sampling_steps = 12, clips = 3, validation_samples = 6, repeats = 3;
+  double from_t = 0.6;  // of video to video
+};
+/// "small": minutes on two cores; "large": for a GPU. Throws sla2::Error for another name.
+DemoOptions demo_preset(const std::string& name);
+
+/// The checkpoint that comes with the program: in the source tree or beside the installed program.
+/// Throws sla2::Error saying what was tried.
+std::filesystem::path default_model();
+
+/// Runs everything, writes report.html and report.json in options.out and returns the latter. What
+/// an earlier, interrupted run of the same options finished is reused. Throws sla2::Error,
+/// Interrupted.
+nlohmann::json run_demo(const DemoOptions& options, Run& run);
+
+}  // namespace sla2::video
