@@ -11,7 +11,7 @@ if(NOT SLA2_PYTHON)
   endif()
 endif()
 if(NOT SLA2_TORCH_DIR)
-  execute_process(COMMAND ${SLA2_PYTHON} -c
+  execute_process(COMMAND ${SLA2_PYTHON} -E -c  # pip hides the torch package through PYTHONPATH
       "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
     OUTPUT_VARIABLE torch_dir OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_failed ERROR_QUIET)
   if(torch_failed)

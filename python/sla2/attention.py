@@ -136,7 +136,7 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.dtype not in _DTYPES:
         return tensor
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

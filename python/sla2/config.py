@@ -94,6 +94,6 @@ def unpack(options: list[int], numbers: list[float]) -> tuple[Config, tuple[int,
     """The inverse of pack()."""
     values = {"block_q": options[0], "block_k": options[1], "keep": numbers[0], "tau": numbers[1]}
     values["scale"] = numbers[2] if numbers[2] != 0 else None
-    for (name, choices), index in zip(_CHOICES.items(), options[2:10]):
+    for (name, choices), index in zip(_CHOICES.items(), options[2:10], strict=False):
         values[name] = choices[index]
     return Config(**{f.name: values[f.name] for f in fields(Config)}), (options[10], options[11])

@@ -15,6 +15,7 @@ VERSION = "0.1.0"
 _LIBRARY = Path(__file__).parent / "lib" / "libsla2_torch.so"
 _SOFT = 1  # options[4]: routing
 # Bits of backward's `wanted`, in the order of its results (torch_ops/packing.h).
+_DIFFERENTIABLE = ("q", "k", "v", "proj_q", "proj_k", "alpha_logit", "proj_out")  # forward's first
 _RESULTS = ("q", "k", "v", "alpha_logit", "proj_q", "proj_k", "proj_out")
 
 
@@ -152,13 +153,14 @@ def _backward(ctx, d_out, *_):
     if not ctx.saved_parts:
         raise RuntimeError("sla2::forward was called with save=False and has no gradient")
     saved = ctx.saved_tensors
-    inputs = dict(zip(("q", "k", "v", "proj_q", "proj_k", "alpha_logit", "proj_out"), saved))
-    needed = dict(zip(inputs, ctx.needs_input_grad))
+    inputs = dict(zip(_DIFFERENTIABLE, saved[:7], strict=True))
+    needed = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[:7], strict=True))
     for name in ("proj_q", "proj_k"):
         needed[name] = needed[name] and ctx.learns_router
     wanted = sum(1 << bit for bit, name in enumerate(_RESULTS)
                  if inputs[name] is not None and needed[name])
-    gradients = dict(zip(_RESULTS, backward(d_out, *saved, ctx.options, ctx.numbers, wanted)))
+    results = backward(d_out, *saved, ctx.options, ctx.numbers, wanted)
+    gradients = dict(zip(_RESULTS, results, strict=True))
     result = [gradients[name].to(tensor.dtype) if tensor is not None and needed[name] else None
               for name, tensor in inputs.items()]
     return (*result, *(None,) * 6)

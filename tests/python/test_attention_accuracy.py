@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from dense import dense, weights_of_blocks
-from support import assert_close_as_naive, make_inputs, make_parameters, relative_error
 
 import sla2
+from dense import dense, weights_of_blocks
+from support import assert_close_as_naive, make_inputs, make_parameters, relative_error
 
 BASE = sla2.Config(keep=0.3, block_q=64, block_k=32, precision="fp32")
 HARD = {

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from support import make_inputs
 
 import sla2
+from support import make_inputs
 
 CONFIG = sla2.Config(keep=0.3, block_q=64, block_k=32, precision="fp32")
 SLA = sla2.Config(method="sla")
@@ -52,7 +52,8 @@ BLOCKS = torch.zeros(2, 4, 3, 1, dtype=torch.int32)
     (call(q=Q[..., :20], k=K[..., :20]), "head_dim must be a multiple of 16 up to 256, got 20"),
     (call(v=V[..., :40]), "value_dim must be a multiple of 16 up to 256, got 40"),
     (call(q=Q[:, :, :0]), "q must have no empty axis, got shape [2, 4, 0, 32]"),
-    (call(k=K[:1], v=V[:1]), "k must have shape [2, Hkv, Nk, 32] to go with q, got [1, 2, 170, 32]"),
+    (call(k=K[:1], v=V[:1]),
+     "k must have shape [2, Hkv, Nk, 32] to go with q, got [1, 2, 170, 32]"),
     (call(q=Q[:, :3]), "k must have a number of heads that divides q's 3, got 2"),
     (call(v=V[:, :, :9]), "v must have shape [2, 2, 170] + [Dv] to go with k, got [2, 2, 9, 48]"),
     (call(Q, K, V, EYE[:16]), "proj_q must have shape [32, 32] or [4, 32, 32], got [16, 32]"),
@@ -72,7 +73,8 @@ BLOCKS = torch.zeros(2, 4, 3, 1, dtype=torch.int32)
     (call(key_lengths=torch.tensor([0, 17])), "key_lengths must be in [1, 170], got 0"),
     (call(routing=sla2.Routing(BLOCKS[:1], None)),
      "routing.blocks must have shape [2, 4, 3, 1], got [1, 4, 3, 1]"),
-    (call(routing=sla2.Routing(BLOCKS.long(), None)), "routing.blocks must be int32, got torch.int64"),
+    (call(routing=sla2.Routing(BLOCKS.long(), None)),
+     "routing.blocks must be int32, got torch.int64"),
     (call(routing=sla2.Routing(BLOCKS + 6, None)),
      "routing must list at least one block in [0, 6), ascending, then -1; got 6"),
     (call(routing=sla2.Routing(BLOCKS, None), config=sla2.Config(routing="soft")),
