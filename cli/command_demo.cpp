@@ -1,0 +1,64 @@
+// sla2 demo: from a real video to a report, one command.
+#include <fmt/format.h>
+
+#include "cli/command.h"
+#include "io/video_file.h"
+#include "video/data.h"
+#include "video/demo.h"
+
+namespace sla2::cli {
+
+namespace {
+
+class Demo final : public Command {
+ public:
+  const char* name() const override { return "demo"; }
+  const char* summary() const override {
+    return "From a real video to SLA2 videos and a report: both stages, every method, one page";
+  }
+
+  void declare(Options& options) override {
+    options.add("--out", out_, "folder of the report").no_effect();
+    options.add("--preset", preset_, "small: minutes on two cores; large: for a GPU")
+        .one_of({"small", "large"});
+    options.add("--data", data_, "your own video files, shown video to video");
+    options.add("--model", model_, "folder of the model (default: the one that comes with sla2)");
+    options.add("--stage1-steps", stage1_steps_, "steps of stage 1 (default: the preset's)")
+        .range(1, 1e9);
+    options.add("--stage2-steps", stage2_steps_, "steps of stage 2 (default: the preset's)")
+        .range(1, 1e9);
+    options.add("--lr", lr_, "learning rate of stage 2 (default: the preset's)").above(0);
+    options.add("--sampling-steps", sampling_steps_, "steps of the sampler (default: the preset's)")
+        .range(1, 1000);
+  }
+
+  void run(Session& session) override {
+    video::DemoOptions demo = video::demo_preset(preset_);
+    const Options& given = session.options;
+    demo.out = out_;
+    demo.model = model_.empty() ? video::default_model() : model_;
+    demo.train_inputs = video::default_clips();
+    if (!data_.empty()) demo.own_inputs = io::list_videos(data_);
+    demo.command = session.command_line;
+    if (given.given("--stage1-steps")) demo.stage1_steps = stage1_steps_;
+    if (given.given("--stage2-steps")) demo.stage2_steps = stage2_steps_;
+    if (given.given("--lr")) demo.stage2_lr = lr_;
+    if (given.given("--sampling-steps")) demo.sampling_steps = sampling_steps_;
+    session.prepare_output(out_);
+    video::run_demo(demo, session.run);
+    fmt::print("report: {}\n", std::filesystem::absolute(out_ / "report.html").string());
+  }
+
+ private:
+  std::filesystem::path out_ = "out/demo", model_;
+  std::vector<std::filesystem::path> data_;
+  std::string preset_ = "small";
+  std::int64_t stage1_steps_ = 40, stage2_steps_ = 60, sampling_steps_ = 12;
+  double lr_ = 1e-4;
+};
+
+}  // namespace
+
+std::unique_ptr<Command> make_demo() { return std::make_unique<Demo>(); }
+
+}  // namespace sla2::cli
