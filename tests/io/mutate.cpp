@@ -39,7 +39,7 @@ std::uint64_t fuzz_seed() {
 }
 
 void Mutator::change_bytes(std::string& text) {
-  if (text.empty()) text = "x";
+  if (text.empty()) text.push_back('x');
   const std::size_t at = below(text.size());
   const std::size_t length = 1 + below(std::min(kMaxGrowth, text.size() - at));
   switch (below(6)) {
