@@ -155,6 +155,10 @@ template Option& Options::add(const std::string&, std::vector<std::string>&, con
 template Option& Options::add(const std::string&, std::vector<std::filesystem::path>&,
                               const std::string&);
 
+void Options::positional(const std::string& name, std::string& value, const std::string& help) {
+  app_.add_option(name, value, help);
+}
+
 void Options::read_config() {
   if (config_file_.empty()) return;
   const nlohmann::json json = io::read_json(config_file_);

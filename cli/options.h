@@ -56,6 +56,9 @@ class Options {
   template <typename T>
   Option& add(const std::string& flag, T& value, const std::string& help);
 
+  /// An argument without a name, not in the JSON file.
+  void positional(const std::string& name, std::string& value, const std::string& help);
+
   /// After CLI11 has parsed: reads --config for what the command line left open, then checks
   /// ranges, choices and required options. Throws UsageError or sla2::Error (an unreadable file).
   void finish();
