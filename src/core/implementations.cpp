@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "core/message.h"
+#include "cpu/cpu.h"
 #include "reference/implementation.h"
 #include "sla2/implementation.h"
 
@@ -15,6 +16,9 @@ namespace {
 
 // Fastest first; the reference, which takes everything, last.
 constexpr std::array kImplementations = {
+    &cpu::kAvx512,
+    &cpu::kAvx2,
+    &cpu::kBaseline,
     &reference::kReference,
 };
 

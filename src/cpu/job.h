@@ -1,0 +1,158 @@
+// What the stages of the CPU backend share: the operands of one head, and the table of stages that
+// each instruction set fills. Plain data only: the stages are compiled with their own flags and
+// must not emit a function that another unit could be linked to (see kernels.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sla2::cpu {
+
+enum class Arithmetic : std::int32_t { kFp32, kRound16, kInt8 };
+enum class Type : std::int32_t { kF32, kBF16, kF16 };
+enum class Phi : std::int32_t { kSoftmax, kElu, kRelu };
+
+/// Rows of one head in a caller's tensor: element (n, c) at n * stride + c.
+struct Rows {
+  const void* data;
+  std::int64_t stride;
+};
+struct MutableRows {
+  void* data;  // null: not wanted
+  std::int64_t stride;
+};
+/// The same in fp32, in the caller's tensor (fp32) or in the workspace (16-bit types).
+struct FloatRows {
+  const float* data;
+  std::int64_t stride;
+};
+
+/// One query head and its key/value head. Pointers without a caller live in the workspace.
+struct Job {
+  std::int64_t num_queries, num_keys;  // keys: this batch element's length
+  std::int64_t d, dv, block_q, block_k;
+  std::int64_t q_blocks, k_blocks;  // M, T of this length
+  Type type;
+  Arithmetic arithmetic;
+  Phi phi;
+  bool soft, raw_keys, scope_all;
+  std::int32_t rounding_bits;  // kRound16: significant bits of the 16-bit type
+  float scale;
+
+  Rows q, k, v;                             // [Nq, d], [Nk, d], [Nk, dv]
+  MutableRows out, out_sparse, out_linear;  // [Nq, dv]
+  float* lse;                               // [Nq] or null
+  const float* proj_out;                    // [dv, dv] or null
+  bool is_sla;
+
+  // ---- of the key/value head
+  float* k_block_sums;   // [T, d]
+  float* k_mean;         // [d]
+  float* v_amax;         // [T, dv], int8
+  float* pooled_k;       // [T, d] kb_j
+  float* ks_t;           // [T, d, bk] Ks_j transposed, 0 behind the length
+  float* ks;             // [T, bk, d], backward
+  float* v_rows;         // [T, bk, dv]
+  float* v_t;            // [T, dv, bk], backward
+  void* k_int;           // [T, d/G, bk, G], int8: G integers of one key side by side
+  std::int32_t* k_bias;  // [T, bk], int8: what the unsigned operand of q.k adds
+  float* k_scale;        // [T]
+  void* v_int;           // [T, bk/G, dv, G]
+  float* v_scale;        // [dv]
+  float* h;              // [d*dv/64, T, 64] h_j in panels of 64 columns, then [T, d] z_j
+
+  // ---- of the query head
+  float* pooled_q;             // [M, d]
+  float* routed_q;             // [M, d] qb_i Wq
+  float* routed_k;             // [T, d] kb_j Wk
+  float* scores;               // [M, T] s_ij
+  float* log_m;                // [M, T] (soft)
+  float* rest;                 // [M, T] the linear branch's weight of block j for query block i
+  const std::int32_t* blocks;  // [M, width], routed blocks, -1 behind the last
+  std::int64_t width;
+  const unsigned char* complement_empty;  // [M]
+  const float* alpha;                     // [M], SLA: unused
+  float* sums;                            // [M, d*dv + d] H_i, Z_i
+
+  // ---- backward
+  FloatRows q_f, d_out_f;  // [Nq, d], [Nq, dv]
+  float* q_copy;           // their buffers, 16-bit types
+  float* d_out_copy;
+  Rows d_out, saved_sparse, saved_linear;
+  const float* lse_in;      // [Nq]
+  float* delta_sparse;      // [Nq] rowsum(dO o_s), before alpha
+  float* delta_linear;      // [Nq] rowsum(dO_l o_l), before 1 - alpha
+  float* d_alpha;           // [M]
+  FloatRows d_linear;       // [Nq, dv] dO_l before 1 - alpha (SLA: dO P^T)
+  float* d_linear_out;      // its buffer, SLA
+  float* linear_copy;       // [Nq, dv] o_l, SLA
+  float* d_sums;            // [d*dv/64, M, 64] dH_i in panels, then [M, d] dZ_i
+  float* d_h;               // [T, d*dv + d]
+  float* u;                 // [M, T]
+  float* l;                 // [M, T]
+  float* d_ks;              // [Nk, d], added to over the heads of a group
+  float* d_keys;            // [Nk, d], likewise: the linear branch's
+  float* d_v;               // [Nk, dv], likewise
+  float* d_keys_sums;       // [T, d]
+  float* d_keys_mean;       // [d]
+  const float* proj_out_t;  // [dv, dv] P^T or null
+  MutableRows d_q_out, d_k_out, d_v_out;
+  const std::int32_t* readers;        // query blocks that route block j, ascending
+  const std::int64_t* readers_begin;  // [T + 1]
+  float* exact_lse;  // [Nq]; null except with backward = matched: o_s and lse are recomputed
+  bool first_in_group;
+
+  std::byte* scratch;  // one part a worker
+  std::int64_t scratch_bytes;
+};
+
+using Stage = void (*)(const Job& job, std::int64_t index, std::int64_t worker);
+
+/// C [m, n] = or += A [m, k] B [k, n]; element (i, t) of A at i * a_row + t * a_col. n is a
+/// multiple of 16.
+using Gemm = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const float* a,
+                      std::int64_t a_row, std::int64_t a_col, const float* b, std::int64_t ldb,
+                      float* c, std::int64_t ldc, bool accumulate);
+
+/// The stages of one instruction set; the comment says what an index is.
+struct Kernels {
+  std::int64_t int_bytes;  // of one packed integer
+  Gemm gemm;
+  Stage sum_keys;             // key block: k_block_sums, v_amax
+  Stage pack_keys;            // key block: everything of the key/value head
+  Stage pool_keys;            // key block: pooled_k alone
+  Stage pack_keys_back;       // key block: ks, ks_t, v_rows, v_t, h
+  Stage pool_queries;         // query block
+  Stage sum_blocks;           // group of panels: sums = rest h; num_panel_groups of them
+  Stage query_block;          // query block: steps 2 to 4
+  Stage prepare_queries;      // query block: q_f, d_out_f, deltas, d_alpha
+  Stage back_queries;         // query block: d_q, u, d_sums
+  Stage back_sparse_keys;     // key block: d_ks, d_v
+  Stage back_sum_blocks;      // group of panels: d_h = rest^T d_sums
+  Stage back_block_products;  // kBlockTile query blocks: l
+  Stage back_linear_keys;     // key block: d_keys, d_v, d_keys_sums
+  Stage write_keys;           // key block: d_k, d_v in the caller's type
+};
+
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace baseline {
+extern const Kernels kKernels;
+}
+
+/// Bytes that one worker of any stage needs.
+std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_q,
+                           std::int64_t block_k, std::int64_t k_blocks);
+
+/// Query rows that a stage holds at once, and keys of one chunk of the softmax.
+inline constexpr std::int64_t kPanel = 64;         // columns of h side by side
+inline constexpr std::int64_t kPanelsPerTask = 8;  // the last task has z_j
+inline constexpr std::int64_t kBlockTile = 32;
+inline constexpr std::int64_t kRowTile = 64;
+inline constexpr std::int64_t kChunkKeys = 512;
+
+}  // namespace sla2::cpu

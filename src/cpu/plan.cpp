@@ -1,0 +1,217 @@
+#include "cpu/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace sla2::cpu {
+namespace {
+
+Arithmetic arithmetic_of(const Problem& problem) {
+  switch (problem.config.precision) {
+    case Precision::kFp32:
+      return Arithmetic::kFp32;
+    case Precision::kBf16:
+      return Arithmetic::kRound16;
+    default:
+      break;
+  }
+  if (problem.config.routing == RoutingMode::kHard) return Arithmetic::kInt8;
+  return problem.dtype == DType::kF32 ? Arithmetic::kFp32 : Arithmetic::kRound16;
+}
+
+Type type_of(DType dtype) {
+  return dtype == DType::kF32 ? Type::kF32 : dtype == DType::kBF16 ? Type::kBF16 : Type::kF16;
+}
+
+void fill_options(const Problem& p, Pass pass, Job& job) {
+  job.num_queries = p.q_tokens;
+  job.num_keys = p.k_tokens;
+  job.d = p.head_dim;
+  job.dv = p.value_dim;
+  job.block_q = p.config.block_q;
+  job.block_k = p.config.block_k;
+  job.q_blocks = num_q_blocks(p);
+  job.k_blocks = num_k_blocks(p, p.k_tokens);
+  job.type = type_of(p.dtype);
+  job.arithmetic = pass == Pass::kForward ? arithmetic_of(p) : Arithmetic::kFp32;
+  job.rounding_bits = p.dtype == DType::kF16 ? 11 : 8;
+  job.phi = p.config.feature_map == FeatureMap::kSoftmax ? Phi::kSoftmax
+            : p.config.feature_map == FeatureMap::kElu   ? Phi::kElu
+                                                         : Phi::kRelu;
+  job.soft = p.config.routing == RoutingMode::kSoft;
+  job.raw_keys = p.config.linear_keys == LinearKeys::kRaw;
+  job.scope_all = p.config.linear_scope == LinearScope::kAll;
+  job.is_sla = p.config.method == Method::kSla;
+  job.scale = static_cast<float>(softmax_scale(p));
+  job.width = max_routed_blocks(p);
+}
+
+}  // namespace
+
+std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t /*block_q*/,
+                           std::int64_t bk, std::int64_t /*k_blocks*/) {
+  const std::int64_t tile = kRowTile * (3 * d + 3 * dv + 2 * kChunkKeys + 3);
+  const std::int64_t pack = bk * (d + dv) + d * dv;
+  const std::int64_t queries = kRowTile * (2 * bk + 3 * d + dv) + 2 * d * dv + d;
+  const std::int64_t sparse_keys = 2 * kRowTile * bk + bk * (d + dv);
+  const std::int64_t products = 256 * 256 + kBlockTile * 256;
+  const std::int64_t linear_keys = bk * (3 * d + dv) + d * dv;
+  const std::int64_t floats =
+      std::max({tile, pack, queries, sparse_keys, products, linear_keys}) + 16;
+  return (floats * 4 + 63) / 64 * 64;
+}
+
+std::int64_t num_panel_groups(const Problem& p) {
+  const std::int64_t panels = p.head_dim * p.value_dim / kPanel;
+  return (panels + kPanelsPerTask - 1) / kPanelsPerTask + 1;
+}
+
+void lay_out(const Problem& p, Pass pass, std::int64_t workers, std::int64_t int_bytes,
+             Arena& arena, Job& job, DriverBuffers& own) {
+  job = Job{};
+  fill_options(p, pass, job);
+  const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
+  const std::int64_t keys = T * job.block_k, padded_T = (T + 15) / 16 * 16;
+  const std::int64_t state = d * dv + d;
+  const bool back = pass == Pass::kBackward;
+
+  job.scratch_bytes = scratch_bytes(d, dv, job.block_q, job.block_k, T);
+  job.scratch = arena.take<std::byte>(workers * job.scratch_bytes);
+  job.k_block_sums = arena.take<float>(T * d);
+  job.k_mean = arena.take<float>(d);
+  job.pooled_k = arena.take<float>(T * d);
+  job.pooled_q = arena.take<float>(M * d);
+  job.routed_q = arena.take<float>(M * d);
+  job.routed_k = arena.take<float>(T * d);
+  job.scores = arena.take<float>(M * padded_T);
+  own.routed_k_t = arena.take<float>(d * padded_T);
+  own.soft = arena.take<double>(workers * T);
+  if (pass == Pass::kRoute) return;
+
+  own.alpha = arena.take<float>(M);
+  own.complement_empty = arena.take<unsigned char>(M);
+  own.blocks = arena.take<std::int32_t>(M * job.width);
+  if (job.soft) own.logits = arena.take<float>(M * T);
+  if (job.soft) own.log_m = arena.take<float>(M * T);
+  own.rest = arena.take<float>(M * T);
+  job.h = arena.take<float>(T * state);
+  job.sums = arena.take<float>(M * state);
+  if (!back && job.arithmetic == Arithmetic::kInt8) {
+    job.v_amax = arena.take<float>(T * dv);
+    job.v_scale = arena.take<float>(dv);
+    job.k_scale = arena.take<float>(T);
+    job.k_bias = arena.take<std::int32_t>(keys);
+    job.k_int = arena.take<std::byte>(keys * d * int_bytes);
+    job.v_int = arena.take<std::byte>(keys * dv * int_bytes);
+    return;
+  }
+  job.ks_t = arena.take<float>(keys * d);
+  job.v_rows = arena.take<float>(keys * dv);
+  if (!back) return;
+
+  job.ks = arena.take<float>(keys * d);
+  job.v_t = arena.take<float>(keys * dv);
+  if (p.dtype != DType::kF32) {
+    job.q_copy = arena.take<float>(job.num_queries * d);
+    job.d_out_copy = arena.take<float>(job.num_queries * dv);
+  }
+  if (job.is_sla) {
+    job.d_linear_out = arena.take<float>(job.num_queries * dv);
+    job.linear_copy = arena.take<float>(job.num_queries * dv);
+    own.proj_out_t = arena.take<float>(dv * dv);
+  }
+  job.delta_sparse = arena.take<float>(job.num_queries);
+  job.delta_linear = arena.take<float>(job.num_queries);
+  if (p.config.backward == BackwardMode::kMatched) {
+    job.exact_lse = arena.take<float>(job.num_queries);
+  }
+  job.d_alpha = arena.take<float>(M);
+  job.d_sums = arena.take<float>(M * state);
+  job.d_h = arena.take<float>(T * state);
+  job.u = arena.take<float>(M * T);
+  job.l = arena.take<float>(M * T);
+  job.d_ks = arena.take<float>(keys * d);
+  job.d_keys = arena.take<float>(keys * d);
+  job.d_v = arena.take<float>(keys * dv);
+  job.d_keys_sums = arena.take<float>(T * d);
+  job.d_keys_mean = arena.take<float>(d);
+  own.readers = arena.take<std::int32_t>(M * (job.soft ? T : job.width));
+  own.readers_begin = arena.take<std::int64_t>(T + 1);
+  own.d_scores = arena.take<float>(M * padded_T);
+  own.router_rows = arena.take<float>(std::max(M, T) * d);
+}
+
+Call make_call(const Problem& problem, const Inputs& inputs, const Context& context, Pass pass,
+               const Kernels& kernels) {
+  Call call{problem, inputs, context.executor, kernels, {}, {}, 0, 0, 0};
+  Arena arena(context.workspace.data());
+  lay_out(problem, pass, context.executor.num_threads(), kernels.int_bytes, arena, call.job,
+          call.own);
+  call.L = call.job.width;
+  call.T = call.job.k_blocks;
+  call.padded_T = (call.T + 15) / 16 * 16;
+  call.job.log_m = call.own.log_m;
+  call.job.rest = call.own.rest;
+  call.job.alpha = call.own.alpha;
+  call.job.complement_empty = call.own.complement_empty;
+  call.job.proj_out = inputs.parameters.proj_out;
+  return call;
+}
+
+Rows rows_of(const ConstView& view, std::int64_t b, std::int64_t h) {
+  if (view.empty()) return {nullptr, 0};
+  const std::int64_t at = (b * view.strides[0] + h * view.strides[1]) * bytes_of(view.dtype);
+  return {static_cast<const std::byte*>(view.data) + at, view.strides[2]};
+}
+
+MutableRows rows_of(const View& view, std::int64_t b, std::int64_t h) {
+  if (view.empty()) return {nullptr, 0};
+  const std::int64_t at = (b * view.strides[0] + h * view.strides[1]) * bytes_of(view.dtype);
+  return {static_cast<std::byte*>(view.data) + at, view.strides[2]};
+}
+
+void select_keys(Call& call, std::int64_t b, std::int64_t kv) {
+  Job& job = call.job;
+  const std::int64_t* lengths = call.inputs.key_lengths;
+  job.num_keys = lengths != nullptr ? lengths[b] : call.problem.k_tokens;
+  job.k_blocks = num_k_blocks(call.problem, job.num_keys);
+  job.k = rows_of(call.inputs.k, b, kv);
+  job.v = rows_of(call.inputs.v, b, kv);
+}
+
+void select_queries(Call& call, std::int64_t b, std::int64_t h) {
+  call.job.q = rows_of(call.inputs.q, b, h);
+}
+
+void run(Call& call, Stage stage, std::int64_t count) {
+  const Job& job = call.job;
+  call.executor.parallel_for(
+      count, [stage, &job](std::int64_t i, std::int64_t worker) { stage(job, i, worker); });
+}
+
+void smooth(Call& call) {
+  Job& job = call.job;
+  run(call, call.kernels.sum_keys, job.k_blocks);
+  for (std::int64_t c = 0; c < job.d; ++c) {
+    double sum = 0;
+    for (std::int64_t j = 0; j < job.k_blocks; ++j) sum += job.k_block_sums[j * job.d + c];
+    job.k_mean[c] = static_cast<float>(sum / static_cast<double>(job.num_keys));
+  }
+  if (job.v_amax == nullptr) return;
+  for (std::int64_t c = 0; c < job.dv; ++c) {
+    float amax = 0;
+    for (std::int64_t j = 0; j < job.k_blocks; ++j) {
+      const float x = job.v_amax[j * job.dv + c];
+      if (!(x <= amax)) amax = x;  // also takes NaN
+      if (std::isnan(amax)) break;
+    }
+    const bool finite = std::isfinite(amax);
+    const bool zero = !finite || amax < 1e-30F;
+    job.v_scale[c] = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0 : amax / 127.0F;
+    job.v_amax[c] = zero ? 0 : 127.0F / amax;  // row 0 becomes the factor; its maxima are done with
+  }
+}
+
+}  // namespace sla2::cpu

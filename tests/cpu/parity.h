@@ -1,0 +1,62 @@
+// One error rule for every comparison of a backend with the oracle.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "core/problems.h"
+#include "sla2/sla2.h"
+
+namespace sla2::test {
+
+/// The implementations of the CPU backend. A visible skip for what this machine lacks.
+inline const char* const kCpuImplementations[] = {"cpu_avx512", "cpu_avx2", "cpu_baseline"};
+
+inline const Implementation* find_implementation(const char* name) {
+  for (const Implementation* implementation : implementations()) {
+    if (std::string(implementation->name) == name) return implementation;
+  }
+  return nullptr;
+}
+
+#define SLA2_SKIP_IF_REFUSED(problem, pass)                                          \
+  do {                                                                               \
+    const Implementation* found = find_implementation((problem).implementation);     \
+    ASSERT_NE(found, nullptr);                                                       \
+    const std::string reason = found->refusal((problem), (pass));                    \
+    if (!reason.empty()) GTEST_SKIP() << (problem).implementation << ": " << reason; \
+  } while (false)
+
+/// Half a unit of the last place of the output's type: what storing a right result costs.
+inline double storage_error(DType dtype) {
+  return dtype == DType::kF32 ? 0x1p-24 : dtype == DType::kBF16 ? 0x1p-9 : 0x1p-12;
+}
+
+/// fp32 sums of a few hundred terms: sqrt(256) roundings of 2^-24 add up at random, times 4 for the
+/// chain of products, exp and divisions behind them.
+inline constexpr double kSumError = 64 * 0x1p-24;
+
+/// Ours may be at most twice as far from the exact result as the naive run in the same precision,
+/// plus what rounding costs any run.
+template <typename Ours>
+void expect_close(const char* what, const std::vector<Ours>& ours, const std::vector<float>& naive,
+                  const std::vector<double>& exact, DType dtype) {
+  ASSERT_EQ(ours.size(), exact.size()) << what;
+  double scale = 0;
+  for (const double x : exact) scale = std::max(scale, std::abs(x));
+  if (scale == 0) {
+    // Terms of order d that cancel exactly in exact arithmetic (one key: dP = Ds).
+    for (const Ours x : ours) ASSERT_LE(std::abs(static_cast<double>(x)), kSumError) << what;
+    return;
+  }
+  const double bound = 2 * relative_error(naive, exact) + kSumError + storage_error(dtype);
+  const double error = relative_error(ours, exact);
+  EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
+}
+
+}  // namespace sla2::test

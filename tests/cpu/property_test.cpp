@@ -1,0 +1,197 @@
+// What must hold of the CPU backend itself: threads, routing, extreme inputs.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "core/problems.h"
+#include "cpu/parity.h"
+#include "reference/reference.h"
+
+namespace sla2::test {
+namespace {
+
+class Cpu : public testing::TestWithParam<const char*> {
+ protected:
+  [[nodiscard]] Problem problem(RoutingMode mode) const {
+    Problem p = small_problem(150, 300, 32, 48);
+    p.num_heads = 2;
+    p.num_kv_heads = 1;
+    p.config.routing = mode;
+    p.config.precision = Precision::kInt8;
+    p.implementation = GetParam();
+    return p;
+  }
+};
+
+std::vector<std::vector<double>> everything(Call& call) {
+  return {call.out.values(),      call.out_sparse.values(),    call.out_linear.values(),
+          call.lse.values(),      call.k_mean.values(),        call.blocks.values(),
+          call.logits.values(),   call.d_q.values(),           call.d_k.values(),
+          call.d_v.values(),      call.d_alpha_logit.values(), call.d_proj_q.values(),
+          call.d_proj_k.values(), call.d_proj_out.values()};
+}
+
+TEST_P(Cpu, SameBitsOnAnyNumberOfThreads) {
+  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+    const Problem p = problem(mode);
+    SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+    std::vector<std::vector<double>> first;
+    for (const std::int64_t threads : {1, 2, 5}) {
+      Call call(p, 3);
+      const auto executor = make_thread_pool(threads);
+      call.run_forward(*executor);
+      call.run_backward(*executor);
+      if (threads == 1) {
+        first = everything(call);
+      } else {
+        EXPECT_EQ(everything(call), first) << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST_P(Cpu, RoutesAsTheReferenceExceptNearTies) {
+  Problem p = problem(RoutingMode::kHard);
+  SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+  Call call(p, 5);
+  SerialExecutor serial;
+  call.run_forward(serial);
+  const auto exact = reference::route(p, call.operands<double>());
+  const std::int64_t L = max_routed_blocks(p);
+  const std::int64_t T = num_k_blocks(p, p.k_tokens);
+  for (std::int64_t row = 0; row < p.num_heads * num_q_blocks(p); ++row) {
+    const double* scores = exact.scores.data() + row * T;
+    double worst_kept = std::numeric_limits<double>::infinity();
+    for (std::int64_t c = 0; c < L; ++c) {
+      worst_kept = std::min(worst_kept, scores[exact.blocks[row * L + c]]);
+    }
+    for (std::int64_t c = 0; c < L; ++c) {
+      const std::int32_t block = call.blocks[row * L + c];
+      // fp32 chains of d terms on scores of order 1.
+      EXPECT_GE(scores[block], worst_kept - 1e-5) << "row " << row;
+    }
+  }
+}
+
+TEST_P(Cpu, LinearOutputStaysInTheRangeOfV) {
+  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+    Problem p = problem(mode);
+    SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+    Call call(p, 11);
+    std::vector<double> v = call.v.values();
+    for (std::int64_t n = 0; n < 150; ++n) {  // half the keys far out: 6e4 against 1
+      for (std::int64_t c = 0; c < p.value_dim; ++c) v[n * p.value_dim + c] *= 6e4;
+    }
+    call.v.set(v);
+    SerialExecutor serial;
+    call.run_forward(serial);
+    const std::vector<double> out = call.out_linear.values();
+    for (std::int64_t c = 0; c < p.value_dim; ++c) {
+      double low = v[c];
+      double high = v[c];
+      for (std::int64_t n = 0; n < p.k_tokens; ++n) {
+        low = std::min(low, v[n * p.value_dim + c]);
+        high = std::max(high, v[n * p.value_dim + c]);
+      }
+      const double margin = 1e-5 * (high - low);
+      for (std::size_t at = c; at < out.size(); at += p.value_dim) {
+        ASSERT_GE(out[at], low - margin);
+        ASSERT_LE(out[at], high + margin);
+      }
+    }
+  }
+}
+
+TEST_P(Cpu, ExtremeMagnitudesStayFinite) {
+  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+    for (const double size : {6e4, 1e-30}) {
+      Problem p = problem(mode);
+      SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+      Call call(p, 13);
+      for (Tensor* x : {&call.q, &call.k, &call.v}) {
+        std::vector<double> values = x->values();
+        for (double& value : values) value = std::clamp(value, -1.0, 1.0) * size;
+        x->set(values);
+      }
+      SerialExecutor serial;
+      call.run_forward(serial);
+      for (const auto& x :
+           {call.out.values(), call.out_sparse.values(), call.out_linear.values()}) {
+        for (const double value : x) ASSERT_TRUE(std::isfinite(value)) << size;
+      }
+      call.run_backward(serial);
+      for (const auto& x : {call.d_q.values(), call.d_k.values(), call.d_v.values()}) {
+        for (const double value : x) ASSERT_TRUE(std::isfinite(value)) << size;
+      }
+    }
+  }
+}
+
+TEST_P(Cpu, NaNAndInfLeaveIndicesValid) {
+  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+    for (const double bad :
+         {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()}) {
+      for (const int where : {0, 1, 2}) {
+        const Problem p = problem(mode);
+        SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+        Call call(p, 17);
+        Tensor& x = where == 0 ? call.q : where == 1 ? call.k : call.v;
+        std::vector<double> values = x.values();
+        values[5] = bad;
+        x.set(values);
+        SerialExecutor serial;
+        call.run_forward(serial);
+        call.run_backward(serial);
+        for (std::int64_t i = 0; i < call.blocks.size(); ++i) {
+          ASSERT_GE(call.blocks[i], -1);
+          ASSERT_LT(call.blocks[i], num_k_blocks(p, p.k_tokens));
+        }
+        EXPECT_TRUE(call.guards_intact());
+        if (where != 0) continue;
+        const std::vector<double> out = call.out.values();
+        EXPECT_FALSE(std::isfinite(out[0]));  // its own row shows it
+        const std::int64_t next_block = p.config.block_q * p.value_dim;
+        for (std::size_t at = next_block; at < out.size(); ++at)
+          ASSERT_TRUE(std::isfinite(out[at]));
+      }
+    }
+  }
+}
+
+TEST_P(Cpu, GivenRoutingIsUsed) {
+  const Problem p = problem(RoutingMode::kHard);
+  SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+  Call call(p, 19);
+  const std::int64_t L = max_routed_blocks(p);
+  for (std::int64_t i = 0; i < call.blocks.size(); ++i) {
+    call.blocks[i] = i % L < 2 ? static_cast<std::int32_t>(i % L * 3) : -1;
+  }
+  SerialExecutor serial;
+  call.run_forward(serial, true);
+  reference::RoutingResult<double> given;
+  for (const double x : call.blocks.values()) given.blocks.push_back(static_cast<std::int32_t>(x));
+  Problem exact = p;
+  exact.config.precision = Precision::kFp32;
+  const auto expected = reference::forward(exact, call.operands<double>(), &given);
+  // int8 on random normal inputs: about 2e-2 (docs: performance).
+  EXPECT_LT(relative_error(call.out.values(), expected.out), 5e-2);
+}
+
+TEST_P(Cpu, RefusesFp8WithAReason) {
+  Problem p = problem(RoutingMode::kHard);
+  SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+  p.config.precision = Precision::kFp8;
+  EXPECT_NE(find_implementation(GetParam())->refusal(p, Pass::kForward).find("fp8"),
+            std::string::npos);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Cpu, testing::ValuesIn(kCpuImplementations),
+                         [](const auto& info) { return std::string(info.param); });
+
+}  // namespace
+}  // namespace sla2::test
