@@ -1,0 +1,78 @@
+// sla2 tune: stage 2, the whole model with hard routing and a low-bit forward.
+#include <fmt/format.h>
+
+#include "cli/command.h"
+#include "cli/stage_options.h"
+#include "video/tune.h"
+
+namespace sla2::cli {
+
+namespace {
+
+class Tune final : public Command {
+ public:
+  const char* name() const override { return "tune"; }
+  const char* summary() const override {
+    return "Stage 2: train the whole model with SLA2, routers frozen";
+  }
+
+  void declare(Options& options) override {
+    auto& train = settings_.train;
+    train.steps = 200;
+    train.lr = 1e-4;
+    train.warmup = 5;
+    train.ema_decay = 0;
+    train.checkpoint_every = 50;
+    inputs_.declare(options);
+    options.add("--sla2", sla2_, "folder of SLA2 weights (of calibrate)").required();
+    options.add("--out", out_, "folder of the tuned weights and model").required().no_effect();
+    options.add("--resume", resume_, "continue from the checkpoint in --out").no_effect();
+    options.add("--keep", keep_, "fraction of key blocks (default: the one in sla2.json)")
+        .above(0)
+        .range(0, 1);
+    options.add("--steps", train.steps, "training steps").range(1, 1e9).no_effect();
+    options.add("--batch", settings_.batch, "windows per step").range(1, 65536);
+    options.add("--lr", train.lr, "learning rate").above(0);
+    options.add("--attention-lr-scale", settings_.attention_lr_scale, "of alpha and proj_out")
+        .above(0);
+    options.add("--warmup", train.warmup, "steps of warm-up").range(0, 1e9);
+    options.add("--weight-decay", train.weight_decay, "of matrices").range(0, 10);
+    options.add("--clip-norm", train.clip_norm, "gradient norm, 0: no clipping").range(0, 1e9);
+    options.add("--ema", train.ema_decay, "decay of the averaged weights, 0: none")
+        .range(0, 0.999999);
+    options.add("--accumulation", train.accumulation, "batches per step").range(1, 65536);
+    options.add("--activation-checkpointing", checkpointing_, "less memory, more time").no_effect();
+    options.add("--checkpoint-every", train.checkpoint_every, "steps between checkpoints")
+        .range(1, 1e9)
+        .no_effect();
+  }
+
+  void run(Session& session) override {
+    video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device, sla2_);
+    video::Sla2Weights weights = video::load_sla2(sla2_);
+    if (session.options.given("--keep")) weights.config.keep = keep_;
+    weights.config.routing = RoutingMode::kHard;
+    session.prepare_output(out_);
+    const auto dataset = inputs_.open(denoiser, session.run);
+    denoiser.transformer->set_activation_checkpointing(checkpointing_);
+    settings_.flow.prediction = denoiser.prediction();
+    const video::TuneResult result =
+        video::tune(denoiser, *dataset, weights, settings_, session.run, out_,
+                    session.options.effective(true), resume_);
+    fmt::print("{}: {} steps, loss {:.4f} -> {:.4f}\n", out_.string(), result.losses.size(),
+               result.losses.front(), result.losses.back());
+  }
+
+ private:
+  StageInputs inputs_;
+  std::filesystem::path sla2_, out_;
+  bool resume_ = false, checkpointing_ = false;
+  double keep_ = 0.03;
+  video::TuneOptions settings_;
+};
+
+}  // namespace
+
+std::unique_ptr<Command> make_tune() { return std::make_unique<Tune>(); }
+
+}  // namespace sla2::cli
