@@ -1,7 +1,7 @@
 // Every stage for one instruction set: compiled once for each, with its own flags. Nothing here may
 // become a symbol that another unit could be linked to (an inline function compiled for AVX-512
 // would run on older processors), so no standard C++ header with code is included and all but the
-// table is internal. A test looks at the object files (tests/cpu/leaks.cmake).
+// table is internal. A test looks at the object files (tests/cpu/no_leak.cmake).
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -32,12 +32,13 @@ constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
 constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
 #endif
 
-#include "cpu/stages/vector.inc"
-// The stages, in the order of the data.
+// clang-format off: the stages in the order of the data, each uses those above it
 #include "cpu/stages/backward.inc"
 #include "cpu/stages/gemm.inc"
 #include "cpu/stages/keys.inc"
 #include "cpu/stages/queries.inc"
+#include "cpu/stages/vector.inc"
+// clang-format on
 
 }  // namespace
 
