@@ -32,12 +32,13 @@ constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
 constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
 #endif
 
-// clang-format off: the stages in the order of the data, each uses those above it
-#include "cpu/stages/backward.inc"
+// The stages in the order of the data: each uses those above it.
+// clang-format off
+#include "cpu/stages/vector.inc"
 #include "cpu/stages/gemm.inc"
 #include "cpu/stages/keys.inc"
 #include "cpu/stages/queries.inc"
-#include "cpu/stages/vector.inc"
+#include "cpu/stages/backward.inc"
 // clang-format on
 
 }  // namespace
