@@ -1,4 +1,8 @@
 // sla2 bench: speed against full attention, of the operator or of a model's sampling step.
+#include <array>
+#include <cstdlib>
+#include <thread>
+
 #include <fmt/format.h>
 
 #include "cli/command.h"
@@ -50,6 +54,7 @@ class Bench final : public Command {
       throw UsageError(fmt::format("bench takes op or model, got \"{}\"", what_));
     }
     report["rows"] = print(rows);
+    warn_if_busy(report);
     if (!json_.empty()) io::write_file(json_, report.dump(2) + "\n");
   }
 
@@ -65,6 +70,19 @@ class Bench final : public Command {
                                                                   {"block_k", config_.block_k}}),
                                   .repeats = repeats_};
     return options;
+  }
+
+  // torch's threads spin at barriers: on a busy machine its times grow by far more than the load.
+  static void warn_if_busy(nlohmann::json& report) {
+    std::array<double, 1> load{};
+    if (getloadavg(load.data(), 1) != 1) return;
+    report["load_average"] = load[0];
+    const unsigned cores = std::thread::hardware_concurrency();
+    if (load[0] > 1.5 * cores) {
+      fmt::print(
+          "load average {:.1f} on {} cores: others use this machine, do not trust the times\n",
+          load[0], cores);
+    }
   }
 
   static nlohmann::json print(const std::vector<video::BenchRow>& rows) {

@@ -135,7 +135,11 @@ Option& Options::add(const std::string& flag, T& value, const std::string& help)
     if (start.is_number() || (start.is_string() && start != "")) {
       option.cli->default_str(start.is_string() ? start.get<std::string>() : start.dump());
     }
-    if constexpr (IsList<T>::value) option.cli->delimiter(',');
+    if constexpr (IsList<T>::value) {
+      option.cli->delimiter(',');
+    } else {
+      option.cli->take_last();  // a script's default can be overridden behind it
+    }
   }
   option.read = [&value, key = option.key](const nlohmann::json& json) {
     from_value(json, key, value);

@@ -60,8 +60,11 @@ PretrainResult pretrain(const PretrainOptions& options, const std::filesystem::p
   }
   Denoiser denoiser = make_denoiser(options, *dataset, run);
   PretrainResult result;
-  std::vector<TrainedParameter> parameters = trained_parameters(*denoiser.transformer);
-  parameters.push_back({"caption_table", denoiser.card.caption_table});
+  // In the order of the data flow: the trainer names the last one whose gradient is broken.
+  std::vector<TrainedParameter> parameters{{"caption_table", denoiser.card.caption_table}};
+  for (auto& parameter : trained_parameters(*denoiser.transformer)) {
+    parameters.push_back(std::move(parameter));
+  }
   for (const auto& parameter : parameters) result.parameters += parameter.value.numel();
 
   Trainer trainer(std::move(parameters), options.train, out, config);
@@ -83,8 +86,9 @@ PretrainResult pretrain(const PretrainOptions& options, const std::filesystem::p
         denoiser.transformer->set_check_finite(true);
         const torch::NoGradGuard no_grad;
         diffusion_loss(denoiser, *dataset, batch, options.flow, run.seed, step);
+        const auto layer = denoiser.transformer->first_non_finite_layer();
         denoiser.transformer->set_check_finite(false);
-        return denoiser.transformer->first_non_finite_layer().value_or("");
+        return layer.value_or("");
       },
       "pretraining");
 
