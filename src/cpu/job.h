@@ -118,6 +118,8 @@ using Gemm = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const floa
 struct Kernels {
   std::int64_t int_bytes;  // of one packed integer
   Gemm gemm;
+  /// Integers and scale of one row of q, as query_block uses them (for tests).
+  float (*quantized_row)(const float* x, std::int64_t d, std::int8_t* out);
   Stage sum_keys;             // key block: k_block_sums, v_amax
   Stage pack_keys;            // key block: everything of the key/value head
   Stage pool_keys;            // key block: pooled_k alone

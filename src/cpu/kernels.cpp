@@ -45,13 +45,9 @@ constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
 
 namespace SLA2_TABLE {
 extern const Kernels kKernels = {
-    sizeof(IntB),     gemm,
-    sum_keys,         pack_keys,
-    pool_keys,        pack_keys_back,
-    pool_queries,     sum_blocks,
-    query_block,      prepare_queries,
-    back_queries,     back_sparse_keys,
-    back_sum_blocks,  back_block_products,
+    sizeof(IntB),     gemm,           quantized_row,    sum_keys,        pack_keys,
+    pool_keys,        pack_keys_back, pool_queries,     sum_blocks,      query_block,
+    prepare_queries,  back_queries,   back_sparse_keys, back_sum_blocks, back_block_products,
     back_linear_keys, write_keys,
 };
 }  // namespace SLA2_TABLE

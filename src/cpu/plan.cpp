@@ -53,7 +53,7 @@ void fill_options(const Problem& p, Pass pass, Job& job) {
 std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t /*block_q*/,
                            std::int64_t bk, std::int64_t /*k_blocks*/) {
   const std::int64_t tile = kRowTile * (3 * d + 3 * dv + 2 * kChunkKeys + 3);
-  const std::int64_t pack = bk * (d + dv) + d * dv;
+  const std::int64_t pack = bk * (2 * d + dv) + d * dv;
   const std::int64_t queries = kRowTile * (2 * bk + 3 * d + dv) + 2 * d * dv + d;
   const std::int64_t sparse_keys = 2 * kRowTile * bk + bk * (d + dv);
   const std::int64_t products = 256 * 256 + kBlockTile * 256;

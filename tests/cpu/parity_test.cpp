@@ -189,7 +189,9 @@ TEST_P(Parity, ForwardAndBackward) {
 }
 
 std::string parity_name(const testing::TestParamInfo<std::tuple<const char*, Case>>& info) {
-  return std::string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).name;
+  std::string name = std::get<0>(info.param);
+  name += '_';
+  return name += std::get<1>(info.param).name;
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, Parity,

@@ -10,6 +10,7 @@
 
 #include "core/problems.h"
 #include "cpu/parity.h"
+#include "cpu/plan.h"
 #include "reference/reference.h"
 
 namespace sla2::test {
@@ -188,6 +189,62 @@ TEST_P(Cpu, RefusesFp8WithAReason) {
   p.config.precision = Precision::kFp8;
   EXPECT_NE(find_implementation(GetParam())->refusal(p, Pass::kForward).find("fp8"),
             std::string::npos);
+}
+
+const cpu::Kernels& kernels_of(const std::string& name) {
+  return name == "cpu_avx512" ? cpu::avx512::kKernels
+         : name == "cpu_avx2" ? cpu::avx2::kKernels
+                              : cpu::baseline::kKernels;
+}
+
+/// One packed integer of `bytes` bytes.
+int packed(const void* data, std::int64_t bytes, std::int64_t at) {
+  return bytes == 1 ? static_cast<const std::int8_t*>(data)[at]
+                    : static_cast<const std::int16_t*>(data)[at];
+}
+
+TEST_P(Cpu, IntegersEqualTheReferenceBitForBit) {
+  Problem p = problem(RoutingMode::kHard);
+  SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+  p.num_heads = 1;
+  p.k_tokens = 301;
+  p.head_dim = 80;
+  test::Call call(p, 23);
+  const auto expected = reference::quantize(p, call.operands<double>());
+  const cpu::Kernels& kernels = kernels_of(GetParam());
+  SerialExecutor serial;
+  std::vector<std::byte> workspace = std::vector<std::byte>(workspace_bytes(p, Pass::kForward, 1));
+  const Inputs inputs = call.inputs();
+  cpu::Call run = cpu::make_call(p, inputs, {serial, workspace}, Pass::kForward, kernels);
+  cpu::select_keys(run, 0, 0);
+  cpu::smooth(run);
+  cpu::run(run, kernels.pack_keys, run.job.k_blocks);
+
+  const cpu::Job& job = run.job;
+  const std::int64_t group = kernels.int_bytes == 1 ? 4 : 2;
+  for (std::int64_t n = 0; n < p.k_tokens; ++n) {
+    const std::int64_t j = n / job.block_k;
+    const std::int64_t in_block = n % job.block_k;
+    for (std::int64_t c = 0; c < job.d; ++c) {
+      const std::int64_t at =
+          j * job.block_k * job.d + (c / group * job.block_k + in_block) * group + c % group;
+      ASSERT_EQ(packed(job.k_int, kernels.int_bytes, at), expected.k[n * job.d + c]) << n;
+    }
+    for (std::int64_t c = 0; c < job.dv; ++c) {
+      const std::int64_t at =
+          j * job.block_k * job.dv + (in_block / group * job.dv + c) * group + in_block % group;
+      ASSERT_EQ(packed(job.v_int, kernels.int_bytes, at), expected.v[n * job.dv + c]) << n;
+    }
+  }
+  EXPECT_EQ(std::vector<float>(job.k_scale, job.k_scale + job.k_blocks), expected.k_scale);
+  EXPECT_EQ(std::vector<float>(job.v_scale, job.v_scale + job.dv), expected.v_scale);
+  const auto queries = call.operands<float>().q;
+  std::vector<std::int8_t> row(job.d);
+  for (std::int64_t n = 0; n < p.q_tokens; ++n) {
+    EXPECT_EQ(kernels.quantized_row(queries.data() + n * job.d, job.d, row.data()),
+              expected.q_scale[n]);
+    ASSERT_TRUE(std::equal(row.begin(), row.end(), expected.q.begin() + n * job.d)) << n;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Cpu, testing::ValuesIn(kCpuImplementations),
