@@ -25,7 +25,10 @@ std::vector<Case> size_cases() {
   std::vector<Case> cases;
   for (const std::int64_t d : {16, 64, 80, 128, 256}) {
     for (const Precision precision : {Precision::kFp32, Precision::kBf16, Precision::kInt8}) {
-      Case c{"d" + std::to_string(d) + "_p" + std::to_string(static_cast<int>(precision)),
+      Case c{std::string("d")
+                 .append(std::to_string(d))
+                 .append("_p")
+                 .append(std::to_string(static_cast<int>(precision))),
              small_problem(75, 200, d, d),
              Layout::kDense,
              {}};
@@ -35,7 +38,7 @@ std::vector<Case> size_cases() {
   }
   for (const std::int64_t bq : {32, 64, 128, 256}) {
     for (const std::int64_t bk : {32, 64, 128, 256}) {
-      Case c{"bq" + std::to_string(bq) + "_bk" + std::to_string(bk),
+      Case c{std::string("bq").append(std::to_string(bq)).append("_bk").append(std::to_string(bk)),
              small_problem(300, 600, 32, 48),
              Layout::kDense,
              {}};

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -181,6 +182,33 @@ TEST_P(Cpu, GivenRoutingIsUsed) {
   const auto expected = reference::forward(exact, call.operands<double>(), &given);
   // int8 on random normal inputs: about 2e-2 (docs: performance).
   EXPECT_LT(relative_error(call.out.values(), expected.out), 5e-2);
+}
+
+TEST_P(Cpu, StaysInsideItsWorkspace) {
+  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+    for (const Pass pass : {Pass::kRoute, Pass::kForward, Pass::kBackward}) {
+      const Problem p = problem(mode);
+      SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+      Call call(p, 29);
+      const auto executor = make_thread_pool(3);
+      if (pass == Pass::kBackward) call.run_forward(*executor);
+      const std::size_t size = workspace_bytes(p, pass, 3);
+      std::vector<std::byte> memory(size + 256, std::byte{0xA5});
+      const Context context{*executor, std::span(memory).first(size)};
+      if (pass == Pass::kRoute) {
+        Inputs inputs = call.inputs();
+        route(p, inputs, call.routing(), context);
+      } else if (pass == Pass::kForward) {
+        forward(p, call.inputs(), call.outputs(), context);
+      } else {
+        backward(p, call.inputs(), call.saved(), call.d_out.const_view(), call.gradients(),
+                 context);
+      }
+      EXPECT_TRUE(std::all_of(memory.end() - 256, memory.end(),
+                              [](std::byte x) { return x == std::byte{0xA5}; }));
+      EXPECT_TRUE(call.guards_intact());
+    }
+  }
 }
 
 TEST_P(Cpu, RefusesFp8WithAReason) {
