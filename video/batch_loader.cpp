@@ -75,6 +75,12 @@ BatchLoader::~BatchLoader() {
   for (std::thread& thread : state_->threads) thread.join();
 }
 
+Batch BatchLoader::at(std::int64_t step, std::int64_t micro) {
+  const std::int64_t ticket = step * state_->options.micro_batches + micro;
+  // Only the caller's own thread moves next_wanted.
+  return ticket == state_->next_wanted ? next() : state_->make(ticket);
+}
+
 Batch BatchLoader::next() {
   std::unique_lock lock(state_->mutex);
   State& state = *state_;

@@ -75,6 +75,8 @@ class BatchLoader {
   ~BatchLoader();
   /// The next batch: micro-batch by micro-batch, step by step. Rethrows what a thread threw.
   Batch next();
+  /// The batch of (step, micro): next() if that is its turn, else made here and now.
+  Batch at(std::int64_t step, std::int64_t micro);
 
  private:
   struct State;

@@ -77,8 +77,8 @@ PretrainResult pretrain(const PretrainOptions& options, const std::filesystem::p
                                 .pinned = run.device.is_cuda()});
   trainer.train(
       [&](std::int64_t step, std::int64_t micro) {
-        return diffusion_loss(denoiser, *dataset, loader.next(), options.flow, run.seed, step,
-                              micro);
+        return diffusion_loss(denoiser, *dataset, loader.at(step, micro), options.flow, run.seed,
+                              step, micro);
       },
       run,
       [&](std::int64_t step) -> std::string {

@@ -149,16 +149,16 @@ void Trainer::State::flush(const Diagnosis& diagnosis) {
 
 void Trainer::State::fail(std::int64_t step, double loss, const Diagnosis& diagnosis) {
   std::string layer = diagnosis ? diagnosis(step) : std::string();
-  if (layer.empty()) {
-    // The outputs are finite: the backward pass is not. Zeroed gradients need a run of their own.
-    for (const auto& parameter : parameters) {
-      const torch::Tensor gradient = parameter.value.grad();
-      if (!parameter.value.isfinite().all().item<bool>() ||
-          (gradient.defined() && !gradient.isfinite().all().item<bool>())) {
-        layer = parameter.name;
-        break;
-      }
-    }
+  const auto broken = [](const torch::Tensor& tensor) {
+    return tensor.defined() && !tensor.isfinite().all().item<bool>();
+  };
+  for (const auto& parameter : parameters) {
+    if (layer.empty() && broken(parameter.value)) layer = parameter.name;
+  }
+  // Weights and outputs are finite: the backward pass, which runs from the last parameter to the
+  // first, made the number.
+  for (auto parameter = parameters.rbegin(); parameter != parameters.rend(); ++parameter) {
+    if (layer.empty() && broken(parameter->value.grad())) layer = parameter->name;
   }
   throw Error(
       ErrorKind::kRuntime,

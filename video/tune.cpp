@@ -57,7 +57,8 @@ TuneResult tune(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& w
                                .micro_batches = options.train.accumulation,
                                .first_step = trainer.next_step()});
   const auto loss = [&](std::int64_t step, std::int64_t micro) {
-    return diffusion_loss(denoiser, dataset, loader.next(), options.flow, run.seed, step, micro);
+    return diffusion_loss(denoiser, dataset, loader.at(step, micro), options.flow, run.seed, step,
+                          micro);
   };
   trainer.train(loss, run, {}, task);
   if (options.train.ema_decay > 0) trainer.use_average();

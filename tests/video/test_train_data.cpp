@@ -37,11 +37,13 @@ class Latents : public testing::Test {
                  {{"latents", torch::full({2, frames, 4, 4}, value)},
                   {"text", torch::full({6, 8}, -value)}});
   }
-  std::unique_ptr<Dataset> open() { return open_dataset({.inputs = {folder_}}, run_); }
+  std::unique_ptr<Dataset> open() {
+    return open_dataset({.inputs = {folder_}, .exclude = {}}, run_);
+  }
 
   fs::path folder_;
   Notes notes_;
-  Run run_{.progress = notes_};
+  video::Run run_{.progress = notes_};
 };
 
 TEST_F(Latents, BatchIsAFunctionOfSeedStepAndIndex) {
@@ -63,6 +65,7 @@ TEST_F(Latents, LoaderKeepsTheOrderOnAnyNumberOfThreads) {
     BatchLoader loader(
         *data, {.seed = 3, .batch = 2, .micro_batches = 2, .first_step = 7, .threads = threads});
     for (std::int64_t step = 7; step < 17; ++step) {
+      EXPECT_TRUE(loader.at(3, 1).latents.equal(data->batch(3, 3, 2, 2).latents));
       for (std::int64_t micro = 0; micro < 2; ++micro) {
         EXPECT_TRUE(loader.next().latents.equal(data->batch(3, step, 2, 2 * micro).latents));
       }

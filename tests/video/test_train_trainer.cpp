@@ -30,7 +30,7 @@ class TrainerTest : public testing::Test {
   fs::path folder_;
   Progress silent_;
   std::atomic<bool> stop_{false};
-  Run run_{.progress = silent_, .stop = &stop_};
+  video::Run run_{.progress = silent_, .stop = &stop_};
 };
 
 TEST_F(TrainerTest, AgreesWithTorchsAdamW) {
