@@ -17,12 +17,18 @@ TINY = (
 
 
 def find_program():
-    candidates = [os.environ.get("SLA2_PROGRAM", ""), ROOT / "build/release/bin/sla2", ROOT / ".venv/bin/sla2"]
+    candidates = [
+        os.environ.get("SLA2_PROGRAM", ""),
+        ROOT / "build/release/bin/sla2",
+        ROOT / ".venv/bin/sla2",
+    ]
     return next((str(path) for path in candidates if path and Path(path).is_file()), None)
 
 
 PROGRAM = find_program()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="the program is not built (make setup, or SLA2_PROGRAM)")
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason="the program is not built (make setup, or SLA2_PROGRAM)"
+)
 
 
 @pytest.fixture(scope="session")
@@ -38,8 +44,14 @@ def environment(ffmpeg):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory, ffmpeg):
     folder = tmp_path_factory.mktemp("clips")
-    for name, source in (("bars", "testsrc=size=32x32:rate=8"), ("noise", "mandelbrot=size=32x32:rate=8")):
-        make_media(ffmpeg, ["-f", "lavfi", "-i", source, "-t", "2", "-pix_fmt", "yuv420p", folder / f"{name}.mp4"])
+    for name, source in (
+        ("bars", "testsrc=size=32x32:rate=8"),
+        ("noise", "mandelbrot=size=32x32:rate=8"),
+    ):
+        make_media(
+            ffmpeg,
+            ["-f", "lavfi", "-i", source, "-t", "2", "-pix_fmt", "yuv420p", folder / f"{name}.mp4"],
+        )
     return folder
 
 
@@ -48,7 +60,9 @@ def make_media(ffmpeg, arguments):
 
 
 def sla2(*arguments, timeout=120):
-    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
 
 
 def pretrain(clips, out, *more, steps=6):
@@ -56,7 +70,18 @@ def pretrain(clips, out, *more, steps=6):
 
 
 def start_pretrain(clips, out, *more, steps):
-    command = [PROGRAM, "pretrain", "--data", str(clips), "--out", str(out), "--steps", str(steps), *TINY, *more]
+    command = [
+        PROGRAM,
+        "pretrain",
+        "--data",
+        str(clips),
+        "--out",
+        str(out),
+        "--steps",
+        str(steps),
+        *TINY,
+        *more,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -79,7 +104,11 @@ def error_of(result, code):
 
 
 def result_of(folder):
-    names = ["diffusion_pytorch_model.safetensors", "captions.safetensors", "checkpoint.safetensors"]
+    names = [
+        "diffusion_pytorch_model.safetensors",
+        "captions.safetensors",
+        "checkpoint.safetensors",
+    ]
     return {name: (folder / name).read_bytes() for name in names}
 
 
@@ -119,7 +148,8 @@ def test_kill_and_resume_give_the_same_bits(clips, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result_of(broken) == result_of(whole)
     losses = [
-        [json.loads(line)["loss"] for line in (f / "losses.jsonl").read_text().splitlines()] for f in (whole, broken)
+        [json.loads(line)["loss"] for line in (f / "losses.jsonl").read_text().splitlines()]
+        for f in (whole, broken)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == steps
 
@@ -170,11 +200,17 @@ def test_bad_clips_are_named_and_skipped(clips, tmp_path, ffmpeg):
     (data / "wrong.mp4").write_bytes(b"not a video" * 100)
     (data / "cut.mp4").write_bytes((clips / "bars.mp4").read_bytes()[:600])
     make_media(ffmpeg, ["-f", "lavfi", "-i", "sine=duration=1", data / "sound.mp4"])
-    make_media(ffmpeg, ["-f", "lavfi", "-i", "testsrc=size=32x32:rate=8", "-frames:v", "2", data / "short.mp4"])
+    make_media(
+        ffmpeg,
+        ["-f", "lavfi", "-i", "testsrc=size=32x32:rate=8", "-frames:v", "2", data / "short.mp4"],
+    )
     result = pretrain(data, tmp_path / "m", steps=2)
     assert result.returncode == 0, result.stderr
     for name in ("empty", "wrong", "cut", "sound", "short"):
-        assert any(line.startswith("skipped ") and f"{name}.mp4" in line for line in result.stderr.splitlines()), name
+        assert any(
+            line.startswith("skipped ") and f"{name}.mp4" in line
+            for line in result.stderr.splitlines()
+        ), name
     assert json.loads((tmp_path / "m/model_card.json").read_text())["captions"] == ["good"]
     (data / "good.mp4").unlink()
     assert "none of" in error_of(pretrain(data, tmp_path / "n", steps=2), 1)
@@ -203,7 +239,18 @@ def test_config_file(clips, tmp_path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"steps": 3, "lr": 0.01}))
     assert (
-        sla2("pretrain", "--data", clips, "--out", tmp_path / "m", *TINY, "--config", file, "--lr", 0.002).returncode
+        sla2(
+            "pretrain",
+            "--data",
+            clips,
+            "--out",
+            tmp_path / "m",
+            *TINY,
+            "--config",
+            file,
+            "--lr",
+            0.002,
+        ).returncode
         == 0
     )
     effective = json.loads((tmp_path / "m/pretrain.json").read_text())
@@ -234,7 +281,9 @@ def test_unwritable_output(clips, tmp_path):
 
 
 def test_device_errors(clips, tmp_path):
-    assert "tpu" in error_of(sla2("pretrain", "--data", clips, "--out", tmp_path / "m", "--device", "tpu"), 1)
+    assert "tpu" in error_of(
+        sla2("pretrain", "--data", clips, "--out", tmp_path / "m", "--device", "tpu"), 1
+    )
 
 
 def generate(model, out, *more):
