@@ -243,7 +243,6 @@ std::vector<Variant> Demo::variants() const {
       [this] { return load_denoiser(options_.model, run_.device, options_.out / "stage2_sla"); });
   for (std::size_t i = 1; i < options_.keeps.size(); ++i) {
     const double less = options_.keeps[i];
-    add("sla2", "before", less, 0, nullptr, [=] { return fresh(Method::kSla2, less); });
     add("sla2", "calibrated", less, options_.stage1_steps, one,
         [=, this] { return with(calibrated(less)); });
   }

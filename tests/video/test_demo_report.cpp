@@ -123,7 +123,7 @@ TEST(Demo, WholeStoryAndReuse) {
   check_report(report);
   EXPECT_EQ(report["mode"], "clips");
   EXPECT_EQ(report["clips"].size(), 2U);
-  EXPECT_EQ(report["methods"].size(), 8U);
+  EXPECT_EQ(report["methods"].size(), 7U);
   for (const json& row : report["methods"]) {
     EXPECT_TRUE(row["val_loss"].is_number()) << row;
     EXPECT_GT(row["step_ms"].get<double>(), 0) << row;
