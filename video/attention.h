@@ -1,12 +1,12 @@
 // The operator in libtorch: autograd over the sla2:: operators of torch_ops, and a module.
 #pragma once
 
-#include <torch/torch.h>
-
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
+
+#include <torch/torch.h>
 
 #include "sla2/config.h"
 

@@ -12,7 +12,8 @@ enum class TokenOrderKind : std::uint8_t { kRaster, kTiles };
 
 struct TokenOrder {
   TokenOrderKind kind = TokenOrderKind::kTiles;
-  std::array<std::int64_t, 3> tile{4, 4, 4};  // tokens in (frames, height, width); border tiles are cut short
+  std::array<std::int64_t, 3> tile{
+      4, 4, 4};  // tokens in (frames, height, width); border tiles are cut short
 };
 
 /// order[i] is the raster index of the i-th token: tiles in raster order, raster inside each tile.

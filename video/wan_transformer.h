@@ -1,8 +1,6 @@
-// Wan2.1's text-to-video transformer (diffusers' WanTransformer3DModel, same names of weights), with
-// self-attention in three methods: full, SLA2, SLA.
+// Wan2.1's text-to-video transformer (diffusers' WanTransformer3DModel, same names of weights),
+// with self-attention in three methods: full, SLA2, SLA.
 #pragma once
-
-#include <torch/torch.h>
 
 #include <array>
 #include <cstdint>
@@ -10,6 +8,8 @@
 #include <optional>
 #include <string>
 #include <vector>
+
+#include <torch/torch.h>
 
 #include "video/attention.h"
 #include "video/token_order.h"
@@ -42,7 +42,8 @@ class WanTransformerImpl : public torch::nn::Module {
  public:
   explicit WanTransformerImpl(const WanConfig& config);
 
-  /// x [B, C, F, H, W], timestep [B] in [0, 1000], text [B, L, text_dim] -> [B, out_channels, F, H, W].
+  /// x [B, C, F, H, W], timestep [B] in [0, 1000], text [B, L, text_dim] -> [B, out_channels, F, H,
+  /// W].
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& timestep,
                         const torch::Tensor& text);
 

@@ -2,14 +2,14 @@
 // card of a small pixel-space model (its captions, size and prediction).
 #pragma once
 
-#include <torch/torch.h>
-
 #include <array>
 #include <filesystem>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
+
+#include <torch/torch.h>
 
 #include "video/token_order.h"
 #include "video/wan_transformer.h"
@@ -36,8 +36,8 @@ void save_transformer(const std::filesystem::path& folder, WanTransformer& model
 struct ModelCard {
   std::int64_t frames = 16, height = 128, width = 128;  // pixel space, values in [-1, 1]
   double fps = 8;
-  std::string prediction = "x";  // "x" or "velocity" (Wan)
-  double shift = 1.0;            // of the sampler's timesteps
+  std::string prediction = "x";       // "x" or "velocity" (Wan)
+  double shift = 1.0;                 // of the sampler's timesteps
   std::vector<std::string> captions;  // names; row i of the table, one more row: no caption
   torch::Tensor caption_table;        // [captions + 1, L, text_dim]
 };
@@ -52,8 +52,8 @@ struct Sla2Weights {
   std::array<std::int64_t, 3> grid{};  // tokens (F', H', W')
   sla2::nn::RouterShape router = sla2::nn::RouterShape::kLayer;
   sla2::nn::AlphaShape alpha = sla2::nn::AlphaShape::kBlock;
-  std::vector<double> keeps;             // trained for in stage 1
-  std::vector<std::string> layers;       // module paths, "blocks.0.attn1"
+  std::vector<double> keeps;                     // trained for in stage 1
+  std::vector<std::string> layers;               // module paths, "blocks.0.attn1"
   std::map<std::string, torch::Tensor> tensors;  // "{module path}.proj_q" and so on
 };
 Sla2Weights load_sla2(const std::filesystem::path& folder);

@@ -22,9 +22,10 @@ struct Parameters {
 /// Which key blocks a query block reads exactly.
 template <typename Int, typename Float>
 struct BasicRouting {
-  Int* blocks = nullptr;    // [B, H, M, L] int32: ascending, -1 behind the last
-  Float* logits = nullptr;  // [B, H, M, T] fp32, soft routing only: x with m = sigmoid(x);
-                            // +inf: m = 1 (protected), -inf: m = 0; blocks behind a key length: -inf
+  Int* blocks = nullptr;  // [B, H, M, L] int32: ascending, -1 behind the last
+  Float* logits =
+      nullptr;  // [B, H, M, T] fp32, soft routing only: x with m = sigmoid(x);
+                // +inf: m = 1 (protected), -inf: m = 0; blocks behind a key length: -inf
 };
 using Routing = BasicRouting<std::int32_t, float>;
 using ConstRouting = BasicRouting<const std::int32_t, const float>;
@@ -39,13 +40,13 @@ struct Inputs {
 };
 
 struct Outputs {
-  View out;                // [B, H, Nq, dv]
-  View out_sparse;         // [B, H, Nq, dv] o_s; empty: not wanted (inference)
-  View out_linear;         // [B, H, Nq, dv] o_l (before proj_out); empty: not wanted
-  float* lse = nullptr;    // [B, H, Nq], natural log, smoothed keys, log m included; null: not wanted
-  float* k_mean = nullptr; // [B, Hkv, d]; null: not wanted
-  Routing routing;         // what was used; blocks null: not wanted; soft routing: blocks hold the
-                           // hard choice at the same scores, for display only
+  View out;              // [B, H, Nq, dv]
+  View out_sparse;       // [B, H, Nq, dv] o_s; empty: not wanted (inference)
+  View out_linear;       // [B, H, Nq, dv] o_l (before proj_out); empty: not wanted
+  float* lse = nullptr;  // [B, H, Nq], natural log, smoothed keys, log m included; null: not wanted
+  float* k_mean = nullptr;  // [B, Hkv, d]; null: not wanted
+  Routing routing;          // what was used; blocks null: not wanted; soft routing: blocks hold the
+                            // hard choice at the same scores, for display only
 };
 
 /// What the backward needs of the forward, besides its inputs.
@@ -71,8 +72,9 @@ struct Gradients {
 /// Where a call runs.
 struct Context {
   Executor& executor;
-  std::span<std::byte> workspace;  // at least workspace_bytes(...), aligned to 64 bytes; contents undefined
-  void* stream = nullptr;          // cudaStream_t for Device::kCuda
+  std::span<std::byte>
+      workspace;           // at least workspace_bytes(...), aligned to 64 bytes; contents undefined
+  void* stream = nullptr;  // cudaStream_t for Device::kCuda
 };
 
 enum class Pass : std::uint8_t { kRoute, kForward, kBackward };

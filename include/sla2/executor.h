@@ -15,8 +15,8 @@ class Executor {
  public:
   virtual ~Executor() = default;
   [[nodiscard]] virtual std::int64_t num_threads() const = 0;
-  virtual void parallel_for(std::int64_t n,
-                            const std::function<void(std::int64_t i, std::int64_t worker)>& task) = 0;
+  virtual void parallel_for(
+      std::int64_t n, const std::function<void(std::int64_t i, std::int64_t worker)>& task) = 0;
 };
 
 /// Runs everything in the calling thread.
