@@ -1,0 +1,28 @@
+// The stages of the forward, each one launch on `stream` (cudaStream_t), in the order of a call.
+// Each reads and writes the fields of Call that it names; none waits for the device.
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace sla2::SLA2_CUDA_ROOM {
+
+/// k_sums, v_amax (if set), pooled_q (if set).
+void reduce(const Call& call, void* stream);
+/// k_mean and v_scale (if set) from k_sums and v_amax.
+void finish_mean(const Call& call, void* stream);
+/// routed_q, routed_k.
+void project(const Call& call, void* stream);
+/// scores, blocks, logits, unless a routing is given (then only what it leaves open); rest and
+/// complement_empty if set.
+void route(const Call& call, void* stream);
+/// k_low, v_low, k_scale (if k_low is set) and h (if set), from k, v and k_mean.
+void prepare_keys(const Call& call, void* stream);
+/// sums = rest h.
+void sum_states(const Call& call, void* stream);
+/// Sparse branch, linear branch, mix: out, out_sparse, out_linear, lse; method sla: sparse_rows and
+/// linear_rows instead of out.
+void attend(const Call& call, void* stream);
+/// out = o_s + o_l proj_out (method sla).
+void project_out(const Call& call, void* stream);
+
+}  // namespace sla2::SLA2_CUDA_ROOM
