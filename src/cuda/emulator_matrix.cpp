@@ -1,0 +1,166 @@
+// Warp-wide matrix loads and products, in the fragment layouts of PTX: lane 4g + t holds row g.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "cuda/device.cuh"
+
+namespace sla2::emulated {
+namespace {
+
+struct MatrixRow {
+  std::uint32_t* out;
+  const void* row;
+};
+
+void check_row(const void* row) {
+  if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) {
+    fail("a matrix row must be aligned to 16", row);
+  }
+  check_shared(row, 16);
+}
+
+template <bool kTransposed>
+void load_matrices(void* const* operands) {
+  std::uint16_t matrix[4][8][8];
+  for (int m = 0; m < 4; ++m) {
+    unsigned banks = 0;
+    for (int r = 0; r < 8; ++r) {
+      const void* row = static_cast<const MatrixRow*>(operands[m * 8 + r])->row;
+      std::memcpy(matrix[m][r], row, 16);
+      banks |= 1U << reinterpret_cast<std::uintptr_t>(row) / 16 % 8;
+    }
+    if (banks != 0xff) ++statistics().bank_conflicts;
+  }
+  ++statistics().matrix_loads;
+  for (int lane = 0; lane < 32; ++lane) {
+    std::uint32_t* out = static_cast<const MatrixRow*>(operands[lane])->out;
+    const int g = lane / 4;
+    const int t = lane % 4 * 2;
+    for (int m = 0; m < 4; ++m) {
+      const std::uint32_t low = kTransposed ? matrix[m][t][g] : matrix[m][g][t];
+      const std::uint32_t high = kTransposed ? matrix[m][t + 1][g] : matrix[m][g][t + 1];
+      out[m] = low | high << 16;
+    }
+  }
+}
+
+template <typename Sum>
+struct Product {
+  Sum* c;
+  const std::uint32_t* a;
+  std::uint32_t b[2];
+};
+
+/// c [16, 8] += a [16, K] b [K, 8]; `a_value(word, k)` reads the k-th number in a 32-bit word.
+template <typename Sum, int kPerWord, typename ReadA, typename ReadB>
+void multiply(void* const* operands, ReadA read_a, ReadB read_b) {
+  constexpr int kDepth = 8 * kPerWord;
+  Sum a[16][kDepth];
+  Sum b[kDepth][8];
+  ++statistics().matrix_products;
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* one = static_cast<const Product<Sum>*>(operands[lane]);
+    const int g = lane / 4;
+    const int t = lane % 4 * kPerWord;
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < kPerWord; ++k) {
+        const int column = half * 4 * kPerWord + t + k;
+        a[g][column] = read_a(one->a[2 * half], k);
+        a[g + 8][column] = read_a(one->a[2 * half + 1], k);
+        b[column][g] = read_b(one->b[half], k);
+      }
+    }
+  }
+  Sum c[16][8] = {};
+  for (int r = 0; r < 16; ++r) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int n = 0; n < 8; ++n) c[r][n] += a[r][k] * b[k][n];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    Sum* out = static_cast<const Product<Sum>*>(operands[lane])->c;
+    const int g = lane / 4;
+    const int t = lane % 4 * 2;
+    for (int k = 0; k < 2; ++k) {
+      out[k] += c[g][t + k];
+      out[2 + k] += c[g + 8][t + k];
+    }
+  }
+}
+
+float half_of(std::uint32_t word, int k) {
+  return from_fp16(static_cast<std::uint16_t>(word >> (16 * k)));
+}
+float bf16_of(std::uint32_t word, int k) {
+  return from_bf16(static_cast<std::uint16_t>(word >> (16 * k)));
+}
+std::int32_t s8_of(std::uint32_t word, int k) { return static_cast<std::int8_t>(word >> (8 * k)); }
+std::int32_t u8_of(std::uint32_t word, int k) { return static_cast<std::uint8_t>(word >> (8 * k)); }
+float e4m3_of(std::uint32_t word, int k) { return e4m3_to_float(word >> (8 * k)); }
+
+}  // namespace
+
+void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
+  check_row(row);
+  MatrixRow mine{r, row};
+  rendezvous("ldmatrix_x4", &mine, load_matrices<false>);
+}
+void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* row) {
+  check_row(row);
+  MatrixRow mine{r, row};
+  rendezvous("ldmatrix_x4_transposed", &mine, load_matrices<true>);
+}
+
+void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  Product<float> mine{c, a, {b0, b1}};
+  rendezvous("mma_bf16", &mine,
+             [](void* const* all) { multiply<float, 2>(all, bf16_of, bf16_of); });
+}
+void mma_f16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  Product<float> mine{c, a, {b0, b1}};
+  rendezvous("mma_f16", &mine, [](void* const* all) { multiply<float, 2>(all, half_of, half_of); });
+}
+void mma_s8_s8(std::int32_t (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+               std::uint32_t b1) {
+  Product<std::int32_t> mine{c, a, {b0, b1}};
+  rendezvous("mma_s8_s8", &mine,
+             [](void* const* all) { multiply<std::int32_t, 4>(all, s8_of, s8_of); });
+}
+void mma_u8_s8(std::int32_t (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+               std::uint32_t b1) {
+  Product<std::int32_t> mine{c, a, {b0, b1}};
+  rendezvous("mma_u8_s8", &mine,
+             [](void* const* all) { multiply<std::int32_t, 4>(all, u8_of, s8_of); });
+}
+void mma_e4m3(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  Product<float> mine{c, a, {b0, b1}};
+  rendezvous("mma_e4m3", &mine,
+             [](void* const* all) { multiply<float, 4>(all, e4m3_of, e4m3_of); });
+}
+
+std::uint8_t to_e4m3(float x) {
+  const auto sign = static_cast<std::uint8_t>(std::signbit(x) ? 0x80 : 0);
+  if (std::isnan(x)) return sign | 0x7f;
+  const float magnitude = std::min(std::fabs(x), 448.0F);
+  // Under 2^-6 numbers are multiples of 2^-9; above, three bits follow the leading one.
+  const int exponent = magnitude < 0x1p-6F ? -6 : std::ilogb(magnitude);
+  const auto steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 3 - exponent)));
+  // steps is 8..16 behind a leading one: 16 carries into the exponent by itself.
+  return static_cast<std::uint8_t>(sign | (((exponent + 6) << 3) + steps));
+}
+
+float e4m3_to_float(std::uint32_t bits) {
+  const int exponent = static_cast<int>(bits >> 3 & 0xf);
+  const int mantissa = static_cast<int>(bits & 7);
+  float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                  : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  if (exponent == 15 && mantissa == 7) magnitude = std::numeric_limits<float>::quiet_NaN();
+  return (bits & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+}  // namespace sla2::emulated
