@@ -22,6 +22,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define SLA2_ASAN 1
 #else
@@ -169,6 +170,10 @@ void Machine::prepare(Fiber& fiber) {
   fiber.stack_pointer = top - 6;
   std::fill_n(static_cast<void**>(fiber.stack_pointer), 6, nullptr);
   fiber.fake_stack = nullptr;
+#if SLA2_ASAN
+  // The frames that never return (enter and what it calls to leave) are still marked.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack->top() - kPage, kPage);
+#endif
   fiber.issued.clear();
   fiber.under_way.clear();
 }
@@ -314,7 +319,10 @@ void Machine::run_block() {
     ready_.pop_front();
     switch_to(fibers_[next].get());
   }
-  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  if (error_) {
+    fibers_.clear();  // their stacks hold frames that nobody will leave
+    std::rethrow_exception(std::exchange(error_, nullptr));
+  }
   if (finished_ != threads_) {
     std::string waiting;
     for (const Warp& warp : warps_) {
@@ -322,11 +330,12 @@ void Machine::run_block() {
         waiting += "; " + std::to_string(warp.arrived) + " lanes of a warp at " + warp.what;
       }
     }
+    const std::size_t waiting_threads = at_barrier_.size();
+    fibers_.clear();
     throw Error(ErrorKind::kRuntime,
                 "emulator: all threads of a block must reach the barrier, got " +
-                    std::to_string(at_barrier_.size()) + " waiting and " +
-                    std::to_string(finished_) + " finished of " + std::to_string(threads_) +
-                    waiting);
+                    std::to_string(waiting_threads) + " waiting and " + std::to_string(finished_) +
+                    " finished of " + std::to_string(threads_) + waiting);
   }
 }
 
