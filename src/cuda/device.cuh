@@ -279,6 +279,11 @@ SLA2_DEVICE T from_float(float x) {
 }
 SLA2_DEVICE float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 SLA2_DEVICE std::uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+/// The low bytes of four words, a's lowest.
+SLA2_DEVICE std::uint32_t pack_low_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t c,
+                                         std::uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
 /// Nearest integer, half to even.
 SLA2_DEVICE int round_to_int(float x) { return __float2int_rn(x); }
 
@@ -291,7 +296,11 @@ SLA2_DEVICE float fast_exp2(float x) {
 SLA2_DEVICE float exact_exp(float x) { return expf(x); }
 SLA2_DEVICE float exact_log(float x) { return logf(x); }
 SLA2_DEVICE float exact_log1p(float x) { return log1pf(x); }
+SLA2_DEVICE double exact_exp(double x) { return exp(x); }
+SLA2_DEVICE double exact_log(double x) { return log(x); }
 SLA2_DEVICE float exact_expm1(float x) { return expm1f(x); }
+/// x * y + z in one rounding.
+SLA2_DEVICE float fused(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 /// x * y and x + y rounded on their own, never fused (the integers of quantisation need it).
 SLA2_DEVICE float mul_rounded(float x, float y) { return __fmul_rn(x, y); }
 SLA2_DEVICE float add_rounded(float x, float y) { return __fadd_rn(x, y); }
