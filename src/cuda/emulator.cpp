@@ -246,7 +246,7 @@ void Machine::release(int first, int count) {
 void Machine::rendezvous(const char* what, void* operand, Combine combine) {
   const int thread = current->place.thread;
   Warp& warp = warps_[thread / 32];
-  if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0) {
+  if (warp.arrived > 0 && warp.what != what && std::strcmp(warp.what, what) != 0) {
     throw Error(ErrorKind::kRuntime, "emulator: lanes of a warp must meet in one collective, got " +
                                          std::string(warp.what) + " and " + what + where());
   }

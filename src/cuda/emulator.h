@@ -206,6 +206,10 @@ SLA2_DEVICE T from_float(float x) {
 }
 SLA2_DEVICE float bits_to_float(std::uint32_t bits) { return std::bit_cast<float>(bits); }
 SLA2_DEVICE std::uint32_t float_to_bits(float x) { return std::bit_cast<std::uint32_t>(x); }
+SLA2_DEVICE std::uint32_t pack_low_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t c,
+                                         std::uint32_t d) {
+  return (a & 0xffU) | (b & 0xffU) << 8 | (c & 0xffU) << 16 | d << 24;
+}
 /// Saturates as the GPU does; NaN is 0.
 SLA2_DEVICE int round_to_int(float x) {
   if (std::isnan(x)) return 0;
@@ -221,7 +225,10 @@ SLA2_DEVICE float fast_exp2(float x) {
 SLA2_DEVICE float exact_exp(float x) { return std::exp(x); }
 SLA2_DEVICE float exact_log(float x) { return std::log(x); }
 SLA2_DEVICE float exact_log1p(float x) { return std::log1p(x); }
+SLA2_DEVICE double exact_exp(double x) { return std::exp(x); }
+SLA2_DEVICE double exact_log(double x) { return std::log(x); }
 SLA2_DEVICE float exact_expm1(float x) { return std::expm1(x); }
+SLA2_DEVICE float fused(float x, float y, float z) { return std::fma(x, y, z); }
 SLA2_DEVICE float mul_rounded(float x, float y) { return x * y; }
 SLA2_DEVICE float add_rounded(float x, float y) { return x + y; }
 /// As on the GPU, NaN loses against a number.
