@@ -74,6 +74,7 @@ struct Call {
   float* k_sums;                   // [B, Hkv, T, d] sums of the rows of K
   float* v_amax;                   // [B, Hkv, T, dv]; 8-bit formats only
   float* v_scale;                  // [B, Hkv, dv] amax / limit, NaN if not finite
+  float* v_factor;                 // [B, Hkv, dv] limit / amax, 0 if all zero or not finite
   float* pooled_q;                 // [B, H, M, d] qb_i
   float* routed_q;                 // [B, H, M, d] qb_i Wq
   float* routed_k;                 // [B, router_heads, d, Tp] (kb_j Wk) transposed

@@ -1,0 +1,387 @@
+// Steps 2 and 3, the key side: Ks and V in the format of the sparse branch, and h_j = phi(Ks_j)^T
+// V_j, z_j = column sums of phi(Ks_j), per key block.
+// A block owns one key block (with head size 256 a quarter of v's channels of it); a warp smooths
+// and quantises a row at a time, then all warps multiply steps of rows on tensor cores. Every
+// output has one owner and sums run in token order: the same bits every run.
+#include "cuda/rows.cuh"
+#include "cuda/stages.h"
+
+namespace sla2::SLA2_CUDA_ROOM {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+template <int D>
+struct Shape {
+  static constexpr int kColumns = D == 256 ? 64 : D;  // channels of v that a block owns
+  static constexpr int kSlices = D / kColumns;
+  static constexpr int kWarpsM = D == 256 ? 8 : 4;
+  static constexpr int kWarpsN = kWarps / kWarpsM;
+  static constexpr int kTilesM = D / kWarpsM / 16;
+  static constexpr int kTilesN = kColumns / kWarpsN / 8;
+  static constexpr int kPhiStride = D + 8;  // bf16; 8 more than a multiple of 64: no conflicts
+  static constexpr int kValueStride = kColumns + 8;
+  static constexpr int kByteStride = kColumns + 4;
+};
+
+/// Rows staged at once: less with more terms, so that every architecture has the shared memory.
+SLA2_HOST_DEVICE int step_rows(int terms) { return terms == 1 ? 64 : terms == 2 ? 32 : 16; }
+
+struct Layout {
+  std::size_t mean, red, phi, value, bytes, total;  // offsets
+};
+template <int D>
+SLA2_HOST_DEVICE Layout layout_of(int terms, int bk) {
+  using S = Shape<D>;
+  const std::size_t rows = static_cast<std::size_t>(step_rows(terms));
+  Layout l;
+  l.mean = 0;
+  l.red = D * sizeof(float);
+  l.phi = l.red + 32 * sizeof(float);
+  l.value = l.phi + rows * S::kPhiStride * 2 * static_cast<std::size_t>(terms);
+  l.bytes = l.value + rows * S::kValueStride * 2 * static_cast<std::size_t>(terms);
+  l.total = l.bytes + static_cast<std::size_t>(bk) * S::kByteStride;
+  return l;
+}
+
+struct KeyBlock {
+  int b, kv, j, slice;
+  int first, rows;       // tokens of the block that exist
+  std::int64_t head;     // b * Hkv + kv
+  std::int64_t low_row;  // first row in k_low and v_low
+};
+
+SLA2_DEVICE bool is_low_bit(const Call& c) {
+  return c.format == Format::kInt8 || c.format == Format::kFp8;
+}
+
+/// Four neighbours of a row of K, minus the mean; 0 behind the features.
+SLA2_DEVICE void load_smoothed(const Call& c, const Row& row, const float* mean, int channel,
+                               float (&k)[4], float (&ks)[4]) {
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) k[e] = ks[e] = 0;
+  if (channel >= c.d) return;
+  load_some<4>(row, channel, k);
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) ks[e] = k[e] - mean[channel + e];
+}
+
+/// The factor of the block's integers; writes k_scale.
+template <int D>
+SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, const float* mean, float* red) {
+  float amax = 0;
+  for (int r = warp_index(); r < at.rows; r += kWarps) {
+    const Row row = row_of(c.k, at.b, at.kv, at.first + r);
+    SLA2_UNROLL for (int group = 0; group < (D + 127) / 128; ++group) {
+      float k[4], ks[4];
+      load_smoothed(c, row, mean, group * 128 + lane_index() * 4, k, ks);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) amax = larger_or_nan(amax, abs_of(ks[e]));
+    }
+  }
+  SLA2_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
+    amax = larger_or_nan(amax, shuffle_xor(amax, mask));
+  }
+  if (lane_index() == 0) red[warp_index()] = amax;
+  block_barrier();
+  amax = red[0];
+  SLA2_UNROLL for (int w = 1; w < kWarps; ++w) amax = larger_or_nan(amax, red[w]);
+  float scale, factor;
+  quantiser(amax, 127.0f, scale, factor);
+  if (at.slice == 0 && thread_index() == 0) c.k_scale[at.head * c.T + at.j] = scale;
+  return factor;
+}
+
+/// Four neighbours of Ks or V in the workspace's format; `row` counts from the tensor's start.
+template <int D>
+SLA2_DEVICE void store_low(const Call& c, void* low, std::int64_t plane, std::int64_t row,
+                           int channel, float (&x)[4], float half) {
+  const std::int64_t at = row * D + channel;
+  if (c.format == Format::kFp32) {
+    for (int term = 0; term < 3; ++term) {
+      Bf16* to = static_cast<Bf16*>(low) + term * plane + at;
+      const std::uint32_t w0 = next_term(x[0], x[1]);
+      store_8(to, {{w0, next_term(x[2], x[3])}});
+    }
+  } else if (c.format == Format::kBf16) {
+    store_8(static_cast<Bf16*>(low) + at, {{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])}});
+  } else {
+    store_8(static_cast<F16*>(low) + at,
+            {{pack_f16(x[0] * half, x[1] * half), pack_f16(x[2] * half, x[3] * half)}});
+  }
+}
+
+/// phi of one row, normalised, into the term planes.
+template <int D>
+SLA2_DEVICE void stage_phi(const Call& c, bool valid, const float (&x)[(D + 127) / 128][4],
+                           Bf16* phi, std::int64_t plane) {
+  constexpr int kGroups = (D + 127) / 128;
+  float max = 0;
+  float norm = 1;
+  float y[kGroups][4];
+  if (c.feature_map == FeatureMap::kSoftmax) {
+    max = -kInfinity;
+    SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+      if (g * 128 + lane_index() * 4 < c.d) {
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) max = max_of(max, x[g][e]);
+      }
+    }
+    max = max_over_warp(max);
+  }
+  float sum = 0;
+  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+    const bool inside = valid && g * 128 + lane_index() * 4 < c.d;
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+      y[g][e] = inside ? phi_of(c.feature_map, x[g][e], max) : 0.0f;
+      sum += y[g][e];
+    }
+  }
+  if (c.feature_map == FeatureMap::kSoftmax) {
+    sum = sum_over_warp(sum);
+    norm = valid ? 1 / sum : 0.0f;
+  }
+  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+    const int channel = g * 128 + lane_index() * 4;
+    if (channel >= D) continue;
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) y[g][e] *= norm;
+    for (int term = 0; term < c.terms; ++term) {
+      const std::uint32_t w0 = next_term(y[g][0], y[g][1]);
+      store_8(phi + term * plane + channel, {{w0, next_term(y[g][2], y[g][3])}});
+    }
+  }
+}
+
+/// One row of K: k_low and phi.
+template <int D>
+SLA2_DEVICE void stage_key(const Call& c, const KeyBlock& at, int r, float factor,
+                           const float* mean, Bf16* phi, std::int64_t plane) {
+  constexpr int kGroups = (D + 127) / 128;
+  const bool valid = r < at.rows;
+  const Row row = row_of(c.k, at.b, at.kv, at.first + (valid ? r : 0));
+  float keys[kGroups][4];
+  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+    const int channel = g * 128 + lane_index() * 4;
+    float ks[4] = {};
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) keys[g][e] = 0;
+    if (valid) load_smoothed(c, row, mean, channel, keys[g], ks);
+    if (!c.raw_keys) {
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) keys[g][e] = ks[e];
+    }
+    if (c.k_low == nullptr || at.slice != 0 || channel >= D) continue;
+    if (is_low_bit(c)) {
+      store_4(static_cast<std::uint8_t*>(c.k_low) + (at.low_row + r) * D + channel,
+              pack_s8(to_s8(ks[0], factor), to_s8(ks[1], factor), to_s8(ks[2], factor),
+                      to_s8(ks[3], factor)));
+    } else {
+      store_low<D>(c, c.k_low, c.k_plane, at.low_row + r, channel, ks, 0.5f);
+    }
+  }
+  if (c.h.data != nullptr) stage_phi<D>(c, valid, keys, phi, plane);
+}
+
+/// One row of V: v_low (8 bits: into `bytes`) and the term planes.
+template <int D>
+SLA2_DEVICE void stage_value(const Call& c, const KeyBlock& at, int r, Bf16* value,
+                             std::int64_t plane, std::uint8_t* bytes) {
+  using S = Shape<D>;
+  const int local = lane_index() * 4;
+  if (local >= S::kColumns) return;
+  const int channel = at.slice * S::kColumns + local;
+  float v[4] = {};
+  if (r < at.rows && channel < c.dv) {
+    load_some<4>(row_of(c.v, at.b, at.kv, at.first + r), channel, v);
+  }
+  if (c.h.data != nullptr) {
+    float rest[4] = {v[0], v[1], v[2], v[3]};
+    for (int term = 0; term < c.terms; ++term) {
+      const std::uint32_t w0 = next_term(rest[0], rest[1]);
+      store_8(value + term * plane + local, {{w0, next_term(rest[2], rest[3])}});
+    }
+  }
+  if (c.v_low == nullptr) return;
+  if (!is_low_bit(c)) {
+    store_low<D>(c, c.v_low, c.v_plane, at.low_row + r, channel, v, 1.0f);
+    return;
+  }
+  float factor[4] = {};
+  if (channel < c.dv) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) factor[e] = c.v_factor[at.head * c.dv + channel + e];
+  }
+  std::uint32_t word;
+  if (c.format == Format::kFp8) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) v[e] = factor[e] == 0.0f ? 0.0f : v[e] * factor[e];
+    word = pack_e4m3(v[0], v[1]) | pack_e4m3(v[2], v[3]) << 16;
+  } else {
+    word = pack_s8(to_s8(v[0], factor[0]), to_s8(v[1], factor[1]), to_s8(v[2], factor[2]),
+                   to_s8(v[3], factor[3]));
+  }
+  store_4(bytes + local, word);
+}
+
+/// acc += phi^T V over the staged rows, one temporary a product: rounded to nearest between them,
+/// which tensor cores are not within.
+template <int D>
+SLA2_DEVICE void multiply(int terms, int rows, const Bf16* phi, std::int64_t phi_plane,
+                          const Bf16* value, std::int64_t value_plane,
+                          float (&acc)[Shape<D>::kTilesM][Shape<D>::kTilesN][4]) {
+  using S = Shape<D>;
+  const int lane = lane_index();
+  const int m0 = warp_index() / S::kWarpsN * S::kTilesM * 16;
+  const int n0 = warp_index() % S::kWarpsN * S::kTilesN * 8;
+  for (int order = terms - 1; order >= 0; --order) {  // small products first
+    for (int ta = 0; ta <= order; ++ta) {
+      const Bf16* a_plane = phi + ta * phi_plane;
+      const Bf16* b_plane = value + (order - ta) * value_plane;
+      for (int key = 0; key < rows; key += 16) {
+        std::uint32_t a[S::kTilesM][4];
+        SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
+          ldmatrix_x4_transposed(a[m], a_plane + (key + lane / 16 * 8 + lane % 8) * S::kPhiStride +
+                                           m0 + m * 16 + lane / 8 % 2 * 8);
+        }
+        SLA2_UNROLL for (int n = 0; n < S::kTilesN; n += 2) {
+          std::uint32_t v[4];
+          ldmatrix_x4_transposed(
+              v, b_plane + (key + lane % 16) * S::kValueStride + n0 + n * 8 + lane / 16 * 8);
+          SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
+            SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+              float product[4] = {};
+              mma_bf16(product, a[m], v[2 * half], v[2 * half + 1]);
+              SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[m][n + half][e] += product[e];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int D>
+SLA2_DEVICE void store_states(const Call& c, const KeyBlock& at,
+                              float (&acc)[Shape<D>::kTilesM][Shape<D>::kTilesN][4]) {
+  using S = Shape<D>;
+  const int g = lane_index() / 4;
+  const int t = lane_index() % 4;
+  Bf16* to = c.h.data + (at.head * c.T + at.j) * c.S;
+  SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
+    SLA2_UNROLL for (int n = 0; n < S::kTilesN; ++n) {
+      const int column =
+          at.slice * S::kColumns + (warp_index() % S::kWarpsN * S::kTilesN + n) * 8 + 2 * t;
+      SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+        const int a = (warp_index() / S::kWarpsN * S::kTilesM + m) * 16 + g + 8 * half;
+        if (a >= c.d || column >= c.dv) continue;
+        float x = acc[m][n][2 * half];
+        float y = acc[m][n][2 * half + 1];
+        for (int term = 0; term < c.terms; ++term) {
+          store_4(to + term * c.h.plane + std::int64_t{a} * c.dv + column, next_term(x, y));
+        }
+      }
+    }
+  }
+}
+
+/// 8-bit V of the block, a row per channel and 32 keys, in the order in which the scores' fragments
+/// lie in registers: position 4t + r of 16 is key 2t + r for r < 2, else 8 + 2t + r - 2.
+template <int D>
+SLA2_DEVICE void store_transposed(const Call& c, const KeyBlock& at, const std::uint8_t* bytes) {
+  using S = Shape<D>;
+  const int steps = c.bk / kKeyStep;
+  for (int task = thread_index(); task < steps * S::kColumns; task += kThreads) {
+    const int channel = task % S::kColumns;
+    const int step = task / S::kColumns;
+    Words4 words[2];
+    SLA2_UNROLL for (int w = 0; w < 8; ++w) {
+      const std::uint8_t* from =
+          bytes + (step * kKeyStep + w / 4 * 16 + w % 4 * 2) * S::kByteStride + channel;
+      words[w / 4].x[w % 4] = pack_low_bytes(from[0], from[S::kByteStride],
+                                             from[8 * S::kByteStride], from[9 * S::kByteStride]);
+    }
+    std::uint8_t* to =
+        static_cast<std::uint8_t*>(c.v_low) +
+        ((at.low_row / kKeyStep + step) * D + at.slice * S::kColumns + channel) * kKeyStep;
+    store_16(to, words[0]);
+    store_16(to + 16, words[1]);
+  }
+}
+
+template <int D>
+SLA2_KERNEL(kThreads, D == 64 ? 2 : 1)
+void keys_kernel(Call c) {
+  using S = Shape<D>;
+  KeyBlock at;
+  at.slice = block_x() % S::kSlices;
+  const int index = block_x() / S::kSlices;
+  at.j = index % c.T;
+  at.head = index / c.T;
+  at.b = static_cast<int>(at.head / c.Hkv);
+  at.kv = static_cast<int>(at.head % c.Hkv);
+  at.first = at.j * c.bk;
+  at.rows = min_int(c.bk, key_length(c, at.b) - at.first);
+  at.low_row = (at.head * c.T + at.j) * c.bk;
+  if (at.rows <= 0) return;
+
+  const Layout layout = layout_of<D>(c.terms, c.bk);
+  float* mean = shared_memory<float>(layout.mean);
+  Bf16* phi = shared_memory<Bf16>(layout.phi);
+  Bf16* value = shared_memory<Bf16>(layout.value);
+  std::uint8_t* bytes = shared_memory<std::uint8_t>(layout.bytes);
+  for (int a = thread_index(); a < c.d; a += kThreads) mean[a] = c.k_mean[at.head * c.d + a];
+  block_barrier();
+  float factor = 0;
+  if (c.k_low != nullptr && is_low_bit(c)) {
+    factor = block_factor<D>(c, at, mean, shared_memory<float>(layout.red));
+  }
+
+  const int step = min_int(step_rows(c.terms), c.bk);
+  const std::int64_t phi_plane = step * S::kPhiStride;
+  const std::int64_t value_plane = step * S::kValueStride;
+  float acc[S::kTilesM][S::kTilesN][4] = {};
+  float z = 0;
+  for (int first = 0; first < c.bk; first += step) {
+    for (int r = warp_index(); r < step; r += kWarps) {
+      stage_key<D>(c, at, first + r, factor, mean, phi + r * S::kPhiStride, phi_plane);
+      stage_value<D>(c, at, first + r, value + r * S::kValueStride, value_plane,
+                     bytes + (first + r) * S::kByteStride);
+    }
+    block_barrier();
+    if (c.h.data != nullptr) {
+      multiply<D>(c.terms, step, phi, phi_plane, value, value_plane, acc);
+      if (at.slice == 0 && thread_index() < c.d) {
+        for (int r = 0; r < step; ++r) {
+          for (int term = 0; term < c.terms; ++term) {
+            z += to_float(phi[term * phi_plane + r * S::kPhiStride + thread_index()]);
+          }
+        }
+      }
+    }
+    block_barrier();
+  }
+  if (c.v_low != nullptr && is_low_bit(c)) store_transposed<D>(c, at, bytes);
+  if (c.h.data == nullptr) return;
+  store_states<D>(c, at, acc);
+  if (at.slice == 0 && thread_index() < c.d) {
+    Bf16* to = c.h.data + (at.head * c.T + at.j) * c.S + std::int64_t{c.d} * c.dv + thread_index();
+    for (int term = 0; term < c.terms; ++term) {
+      const Bf16 rounded = from_float<Bf16>(z);
+      to[term * c.h.plane] = rounded;
+      z -= to_float(rounded);
+    }
+  }
+}
+
+template <int D>
+void launch_keys(const Call& c, void* stream) {
+  const std::int64_t blocks = std::int64_t{c.B} * c.Hkv * c.T * Shape<D>::kSlices;
+  launch(stream, keys_kernel<D>, {blocks}, kThreads, layout_of<D>(c.terms, c.bk).total, c);
+}
+
+}  // namespace
+
+void prepare_keys(const Call& c, void* stream) {
+  if (c.D == 64) {
+    launch_keys<64>(c, stream);
+  } else if (c.D == 128) {
+    launch_keys<128>(c, stream);
+  } else {
+    launch_keys<256>(c, stream);
+  }
+}
+
+}  // namespace sla2::SLA2_CUDA_ROOM
