@@ -1,0 +1,553 @@
+// The sparse branch: P = min(1, exp(scale q.ks + log m - lse)) recomputed on both sides,
+//   dS = P (dP - Ds), dP = dO v;   dQ = scale dS Ks,   dV = P^T dO,   dKs = scale dS^T Q.
+// A block of 4 warps owns 64 queries (and walks the key blocks that they read) or 64 keys (and
+// walks the query blocks that read them, head after head of the group); a warp owns 16 rows, whose
+// operands stay in registers where they fit. The others' tiles come through shared memory one step
+// ahead. Sums run in the order of the walk: the same bits every time. The scale is applied at the
+// end, alpha to P; with 256 features dV and dK have a block each, or their sums would not fit.
+#include "cuda/backward_rows.cuh"
+
+namespace sla2::SLA2_CUDA_ROOM {
+namespace {
+
+template <int kTerms, int D>
+struct Sizes {
+  static constexpr int kStep = kTerms * D <= 256 ? 32 : 16;  // keys or queries of a step
+  static constexpr int kStages = kTerms * D <= 512 ? 2 : 1;
+  static constexpr bool kHold = kTerms == 1 && D <= 128;  // own operands in registers
+  static constexpr int kPitch = D + 8;
+  static constexpr int kPlane = kStep * kPitch;
+  static constexpr int kMatrix = kTerms * kPlane;
+  static constexpr int kRowBytes = 2 * kStep * 4;             // lse and Ds of a step
+  static constexpr int kStage = 2 * kMatrix * 2 + kRowBytes;  // bytes
+  static constexpr int kFragments = kHold ? D / 16 : 1;
+  static_assert(kStages * kStage <= 99 * 1024);
+};
+
+/// The rows that a warp owns of one operand.
+template <int kTerms, int D>
+struct Own {
+  Fragment<kTerms> held[Sizes<kTerms, D>::kFragments];
+  Terms from;
+  std::int64_t at = 0;
+
+  SLA2_DEVICE void load(const Terms& terms, std::int64_t element, bool active) {
+    from = terms;
+    at = element;
+    if constexpr (Sizes<kTerms, D>::kHold) {
+      SLA2_UNROLL for (int k = 0; k < D / 16; ++k) {
+        if (active) load_left_global(held[k], from, at + k * 16, D);
+      }
+    }
+  }
+  SLA2_DEVICE const Fragment<kTerms>& get(int k) {
+    if constexpr (Sizes<kTerms, D>::kHold) return held[k];
+    load_left_global(held[0], from, at + k * 16, D);
+    return held[0];
+  }
+};
+
+/// out [16, kStep] = own [16, D] times tile [kStep, D] transposed.
+template <int kTerms, int D>
+SLA2_DEVICE void scores(float (&out)[Sizes<kTerms, D>::kStep / 8][4], Own<kTerms, D>& own,
+                        const Bf16* tile) {
+  using S = Sizes<kTerms, D>;
+  SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
+  }
+  SLA2_UNROLL for (int k = 0; k < D / 16; ++k) {
+    const Fragment<kTerms>& a = own.get(k);
+    SLA2_UNROLL for (int n = 0; n < S::kStep / 16; ++n) {
+      Fragment<kTerms> b;
+      load_right(b, tile + n * 16 * S::kPitch + k * 16, S::kPitch, S::kPlane);
+      multiply_add(out[2 * n], a, b, 0);
+      multiply_add(out[2 * n + 1], a, b, 1);
+    }
+  }
+}
+
+/// acc [16, D] += weights [16, kStep] times tile [kStep, D].
+template <int kTerms, int D>
+SLA2_DEVICE void accumulate(float (&acc)[D / 8][4],
+                            const float (&weights)[Sizes<kTerms, D>::kStep / 8][4],
+                            const Bf16* tile) {
+  using S = Sizes<kTerms, D>;
+  SLA2_UNROLL for (int k = 0; k < S::kStep / 16; ++k) {
+    Fragment<kTerms> a;
+    split_left(a, weights[2 * k], weights[2 * k + 1]);
+    SLA2_UNROLL for (int n = 0; n < D / 16; ++n) {
+      Fragment<kTerms> b;
+      load_right_transposed(b, tile + k * 16 * S::kPitch + n * 16, S::kPitch, S::kPlane);
+      multiply_add(acc[2 * n], a, b, 0);
+      multiply_add(acc[2 * n + 1], a, b, 1);
+    }
+  }
+}
+
+template <int D>
+SLA2_DEVICE void clear(float (&acc)[D / 8][4]) {
+  SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
+  }
+}
+
+/// log m in units of log 2; m = sigmoid(x).
+SLA2_DEVICE float log2_weight(float x) {
+  return kLog2E * (x >= 0.0f ? -exact_log1p(exact_exp(-x)) : x - exact_log1p(exact_exp(x)));
+}
+
+/// 2^min(x, 0); NaN stays.
+SLA2_DEVICE float probability(float x) { return fast_exp2(x > 0.0f ? 0.0f : x); }
+
+// ---- Queries -----------------------------------------------------------------------------------
+
+/// The steps of keys that one query block reads, ascending.
+template <int kStep>
+struct KeyWalk {
+  const std::int32_t* blocks;  // hard routing
+  const float* logits;         // soft routing
+  int end, k_blocks, bk, length;
+  int at, first;  // first key of the step; at == end: no step
+  int j;
+
+  SLA2_DEVICE void find() {
+    for (; at < end; ++at) {
+      j = blocks != nullptr ? blocks[at] : at;
+      first = j * bk;
+      if (blocks != nullptr ? j >= 0 && j < k_blocks : logits[j] != -kInfinity) return;
+    }
+  }
+  SLA2_DEVICE void advance() {
+    first += kStep;
+    if (first < length && first < (j + 1) * bk) return;
+    ++at;
+    find();
+  }
+  [[nodiscard]] SLA2_DEVICE bool done() const { return at >= end; }
+};
+
+/// Runs compute(walk, stage, next) for every step, the next one's tiles on their way meanwhile.
+/// compute ends behind a barrier's worth of work: the stage is overwritten afterwards.
+template <int kStages, int kStage, typename Walk, typename Copy, typename Compute>
+SLA2_DEVICE void pipeline(const Walk& first, Copy copy, Compute compute) {
+  Walk now = first;
+  int step = 0;
+  if (!now.done()) copy(now, 0);
+  copy_async_commit();
+  SLA2_NO_UNROLL while (!now.done()) {
+    Walk next = now;
+    next.advance();
+    if constexpr (kStages == 2) {
+      if (!next.done()) copy(next, (step + 1) % 2 * kStage);
+      copy_async_commit();
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    block_barrier();
+    compute(now, step % kStages * kStage, next);
+    block_barrier();
+    if constexpr (kStages == 1) {
+      if (!next.done()) copy(next, 0);
+      copy_async_commit();
+    }
+    now = next;
+    ++step;
+  }
+  copy_async_wait<0>();
+}
+
+/// One warp's 16 query rows: lane l has rows l / 4 and l / 4 + 8.
+template <int kTerms, int D>
+struct QueryTile {
+  const Backward& back;
+  int b, h, i, tile;
+  std::int64_t head, row;  // row: of the warp
+  bool active;
+  float factor;
+  float lse[2], delta[2];
+  Own<kTerms, D> q, d_o;
+  float s[Sizes<kTerms, D>::kStep / 8][4];
+  float d_p[Sizes<kTerms, D>::kStep / 8][4];
+
+  /// s becomes the exponents without lse, -inf behind the last key; d_p becomes dP.
+  SLA2_DEVICE void products(const KeyWalk<Sizes<kTerms, D>::kStep>& walk, int stage) {
+    using S = Sizes<kTerms, D>;
+    const Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
+    scores<kTerms, D>(s, q, tiles);
+    scores<kTerms, D>(d_p, d_o, tiles + S::kMatrix);
+    const float log_m = walk.logits != nullptr ? log2_weight(walk.logits[walk.j]) : 0.0f;
+    const float scale = back.call.scale * kLog2E;
+    const int keys = walk.length - walk.first;
+    SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        const bool inside = n * 8 + lane_index() % 4 * 2 + e % 2 < keys;
+        s[n][e] = inside ? s[n][e] * scale + log_m : -kInfinity;
+      }
+    }
+  }
+};
+
+SLA2_DEVICE float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+SLA2_DEVICE float quad_max(float x) {
+  x = max_of(x, shuffle_xor(x, 1));
+  return max_of(x, shuffle_xor(x, 2));
+}
+
+/// backward = matched: lse and Ds of the unquantised branch, by one more pass over the keys (Ds is
+/// the mean of dP under P), and with them the gradient of alpha.
+template <int kTerms, int D, typename Copy>
+SLA2_DEVICE void recompute(QueryTile<kTerms, D>& t, const KeyWalk<Sizes<kTerms, D>::kStep>& first,
+                           Copy copy) {
+  using S = Sizes<kTerms, D>;
+  const Call& c = t.back.call;
+  float max[2] = {-kInfinity, -kInfinity};
+  float sum[2] = {};
+  float weighted[2] = {};
+  pipeline<S::kStages, S::kStage>(first, copy, [&](const auto& walk, int stage, const auto&) {
+    if (!t.active) return;
+    t.products(walk, stage);
+    SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+      float top = max[half];
+      SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+        top = max_of(top, max_of(t.s[n][2 * half], t.s[n][2 * half + 1]));
+      }
+      top = quad_max(top);
+      if (top == -kInfinity) continue;  // only weights of 0 so far
+      const float keep = fast_exp2(max[half] - top);
+      sum[half] *= keep;
+      weighted[half] *= keep;
+      max[half] = top;
+      SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+        SLA2_UNROLL for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          const float p = fast_exp2(t.s[n][e] - top);
+          sum[half] += p;
+          weighted[half] += p * t.d_p[n][e];
+        }
+      }
+    }
+  });
+  float* parts = shared_memory<float>(0);
+  float total = 0.0f;
+  if (t.active) {
+    SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+      const float all = quad_sum(sum[half]);
+      t.delta[half] = quad_sum(weighted[half]) / all;
+      const std::int64_t row = t.row + lane_index() / 4 + half * 8;
+      const std::int64_t n = row - t.head * c.M * c.bq;
+      if (n >= c.Nq) {
+        t.delta[half] = 0.0f;
+        continue;
+      }
+      t.lse[half] = max[half] + kLog2E * exact_log(all);
+      total += t.delta[half] - t.back.delta_linear[row];
+      if (lane_index() % 4 == 0) {
+        t.back.lse[row] = t.lse[half];
+        t.back.delta_sparse[row] = t.delta[half];
+      }
+    }
+  }
+  total = lane_index() % 4 == 0 ? total : 0.0f;
+  total = sum_over_warp(total);
+  if (lane_index() == 0) parts[warp_index()] = total;
+  block_barrier();
+  const std::int64_t block = t.head * c.M + t.i;
+  if (thread_index() == 0) {
+    const float alpha = back_alpha(t.back, t.h, t.i);
+    const bool none = c.is_sla || t.back.complement_empty[block] != 0;
+    t.back.alpha_parts[block * t.back.query_tiles + t.tile] =
+        none ? 0.0f : alpha * (1.0f - alpha) * (parts[0] + parts[1] + parts[2] + parts[3]);
+  }
+  block_barrier();
+}
+
+template <int kTerms, int D>
+SLA2_KERNEL(kBackThreads, 1)
+void sparse_queries_kernel(Backward back) {
+  using S = Sizes<kTerms, D>;
+  const Call& c = back.call;
+  QueryTile<kTerms, D> t{back,
+                         block_y() / c.H,
+                         block_y() % c.H,
+                         block_x() / back.query_tiles,
+                         block_x() % back.query_tiles,
+                         block_y(),
+                         0,
+                         false,
+                         0.0f,
+                         {},
+                         {},
+                         {},
+                         {},
+                         {},
+                         {}};
+  const int warp_row = t.tile * kTileRows + warp_index() * 16;
+  t.active = warp_row < c.bq;
+  t.row = (t.head * c.M + t.i) * c.bq + warp_row;
+  t.factor = sparse_factor(back, t.b, t.h, t.i);
+  t.q.load(back.q, t.row * D, t.active);
+  t.d_o.load(back.d_o, t.row * D, t.active);
+  SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+    const std::int64_t row = t.row + lane_index() / 4 + half * 8;
+    t.lse[half] = t.active ? back.lse[row] : kInfinity;
+    t.delta[half] = t.active ? back.delta_sparse[row] : 0.0f;
+  }
+
+  const std::int64_t kv = static_cast<std::int64_t>(t.b) * c.Hkv + t.h / c.group;
+  const std::int64_t block = t.head * c.M + t.i;
+  const int length = key_length(c, t.b);
+  const int k_blocks = blocks_of(c, length);
+  KeyWalk<S::kStep> first{c.soft ? nullptr : c.given_blocks + block * c.L,
+                          c.soft ? c.given_logits + block * c.T : nullptr,
+                          c.soft ? k_blocks : c.L,
+                          k_blocks,
+                          c.bk,
+                          length,
+                          0,
+                          0,
+                          0};
+  first.find();
+  const auto copy = [&](const KeyWalk<S::kStep>& walk, int stage) {
+    Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
+    const std::int64_t at = (kv * c.T * c.bk + walk.first) * D;
+    copy_tile<kTerms>(tiles, S::kPitch, S::kPlane, back.ks, at, D, S::kStep, D, S::kStep, D);
+    copy_tile<kTerms>(tiles + S::kMatrix, S::kPitch, S::kPlane, back.v, at, D, S::kStep, D,
+                      S::kStep, D);
+  };
+  if (back.matched) recompute<kTerms, D>(t, first, copy);
+
+  float acc[D / 8][4];
+  clear<D>(acc);
+  float u = 0.0f;
+  float* parts = shared_memory<float>(S::kStages * S::kStage);  // [4]
+  pipeline<S::kStages, S::kStage>(first, copy, [&](const auto& walk, int stage, const auto& next) {
+    if (t.active) {
+      t.products(walk, stage);
+      SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+          const float p = t.factor * probability(t.s[n][e] - t.lse[e / 2]);
+          t.s[n][e] = p == 0.0f ? 0.0f : p * (t.d_p[n][e] - t.delta[e / 2]);
+          u += t.s[n][e];
+        }
+      }
+      accumulate<kTerms, D>(acc, t.s, shared_memory<Bf16>(static_cast<std::size_t>(stage)));
+    }
+    if (back.u != nullptr && (next.done() || next.j != walk.j)) {
+      u = sum_over_warp(u);
+      if (lane_index() == 0) parts[warp_index()] = u;
+      block_barrier();
+      if (thread_index() == 0) {
+        back.u[(block * back.query_tiles + t.tile) * c.T + walk.j] =
+            parts[0] + parts[1] + parts[2] + parts[3];
+      }
+      u = 0.0f;
+    }
+  });
+
+  if (!t.active || back.d_q.data == nullptr) return;
+  SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+    const std::int64_t row = t.row + lane_index() / 4 + half * 8;
+    const int n = static_cast<int>(row - t.head * c.M * c.bq);
+    if (n >= c.Nq) continue;
+    const Row out = row_of(back.d_q, t.b, t.h, n);
+    SLA2_UNROLL for (int a = 0; a < D / 8; ++a) {
+      const int column = a * 8 + lane_index() % 4 * 2;
+      if (column >= c.d) continue;
+      const Words2 linear = load_8(back.d_q_linear + row * D + column);
+      store_pair(out, column, acc[a][2 * half] * c.scale + bits_to_float(linear.x[0]),
+                 acc[a][2 * half + 1] * c.scale + bits_to_float(linear.x[1]));
+    }
+  }
+}
+
+// ---- Keys --------------------------------------------------------------------------------------
+
+/// The steps of queries that read one key block: head after head of the group, ascending.
+template <int kStep>
+struct QueryWalk {
+  const std::uint8_t* reads;  // [group, T, M] at this key block
+  std::int64_t head_step;     // T * M
+  int group, M, bq, Nq;
+  int g, base;  // head of the group, first query block that `bits` tells of
+  std::uint32_t bits;
+  int i, first;  // query block, first query of the step
+
+  /// The next block with a bit; all 32 lanes.
+  SLA2_DEVICE void find() {
+    while (bits == 0) {
+      base += 32;
+      if (base >= M) {
+        base = 0;
+        if (++g >= group) return;
+      }
+      const int at = base + lane_index();
+      bits = ballot(at < M && reads[g * head_step + (at < M ? at : 0)] != 0);
+    }
+    i = base + count_bits((bits & (0u - bits)) - 1u);
+    first = i * bq;
+    bits &= bits - 1u;
+  }
+  SLA2_DEVICE void advance() {
+    first += kStep;
+    if (first < Nq && first < (i + 1) * bq) return;
+    find();
+  }
+  [[nodiscard]] SLA2_DEVICE bool done() const { return g >= group; }
+};
+
+/// Writes 16 rows of a warp: value(n, e) is the gradient at accumulator e of tile n.
+template <int D, typename Value>
+SLA2_DEVICE void store_keys(const Call& c, const Rows& to, int b, int kv, int first, int length,
+                            int width, Value value) {
+  if (to.data == nullptr) return;
+  SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+    const int r = lane_index() / 4 + half * 8;
+    if (first + r >= c.Nk) continue;
+    const bool inside = first + r < length;
+    const Row out = row_of(to, b, kv, first + r);
+    SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+      const int column = n * 8 + lane_index() % 4 * 2;
+      if (column >= width) continue;
+      store_pair(out, column, inside ? value(r, n, 2 * half, column) : 0.0f,
+                 inside ? value(r, n, 2 * half + 1, column + 1) : 0.0f);
+    }
+  }
+}
+
+template <int kTerms, int D, bool kValues, bool kKeys>
+SLA2_DEVICE void sparse_keys(const Backward& back) {
+  using S = Sizes<kTerms, D>;
+  const Call& c = back.call;
+  const int b = block_y() / c.Hkv;
+  const int kv = block_y() % c.Hkv;
+  const int j = block_x() / back.key_tiles;
+  const int warp_row = block_x() % back.key_tiles * kTileRows + warp_index() * 16;
+  const bool active = warp_row < c.bk;
+  const std::int64_t head = block_y();
+  const std::int64_t row = (head * c.T + j) * c.bk + warp_row;
+  const std::int64_t first_head = static_cast<std::int64_t>(b) * c.H + kv * c.group;
+  const int length = key_length(c, b);
+
+  Own<kTerms, D> ks;
+  Own<kTerms, D> v;
+  ks.load(back.ks, row * D, active);
+  if constexpr (kKeys) v.load(back.v, row * D, active);
+  const std::int64_t head_step = static_cast<std::int64_t>(c.T) * c.M;
+  QueryWalk<S::kStep> first{
+      back.reads + first_head * head_step + static_cast<std::int64_t>(j) * c.M,
+      head_step,
+      c.group,
+      c.M,
+      c.bq,
+      c.Nq,
+      -1,
+      c.M,
+      0,
+      0,
+      0};
+  first.find();
+  const auto copy = [&](const QueryWalk<S::kStep>& walk, int stage) {
+    Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
+    float* rows = shared_memory<float>(static_cast<std::size_t>(stage + 4 * S::kMatrix));
+    const std::int64_t from = (first_head + walk.g) * c.M * c.bq + walk.first;
+    copy_tile<kTerms>(tiles, S::kPitch, S::kPlane, back.q, from * D, D, S::kStep, D, S::kStep, D);
+    copy_tile<kTerms>(tiles + S::kMatrix, S::kPitch, S::kPlane, back.d_o, from * D, D, S::kStep, D,
+                      S::kStep, D);
+    const int t = thread_index();
+    if (t < S::kStep / 4) {
+      copy_async_16(rows + t * 4, back.lse + from + t * 4, true);
+    } else if (t < S::kStep / 2) {
+      copy_async_16(rows + t * 4, back.delta_sparse + from + (t * 4 - S::kStep), true);
+    }
+  };
+  float d_v[kValues ? D / 8 : 1][4] = {};
+  float d_k[kKeys ? D / 8 : 1][4] = {};
+  pipeline<S::kStages, S::kStage>(first, copy, [&](const auto& walk, int stage, const auto&) {
+    if (!active) return;
+    const Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
+    const float* rows = shared_memory<float>(static_cast<std::size_t>(stage + 4 * S::kMatrix));
+    const int h = kv * c.group + walk.g;
+    const std::int64_t block = (first_head + walk.g) * c.M + walk.i;
+    const float factor = sparse_factor(back, b, h, walk.i);
+    const float log_m = c.soft ? log2_weight(c.given_logits[block * c.T + j]) : 0.0f;
+    const float scale = c.scale * kLog2E;
+    float p[S::kStep / 8][4];
+    scores<kTerms, D>(p, ks, tiles);
+    SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        const int column = n * 8 + lane_index() % 4 * 2 + e % 2;
+        p[n][e] = factor * probability(p[n][e] * scale + log_m - rows[column]);
+      }
+    }
+    if constexpr (kValues) accumulate<kTerms, D>(d_v, p, tiles + S::kMatrix);
+    if constexpr (kKeys) {
+      float d_p[S::kStep / 8][4];
+      scores<kTerms, D>(d_p, v, tiles + S::kMatrix);
+      SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+          const int column = n * 8 + lane_index() % 4 * 2 + e % 2;
+          p[n][e] = p[n][e] == 0.0f ? 0.0f : p[n][e] * (d_p[n][e] - rows[S::kStep + column]);
+        }
+      }
+      accumulate<kTerms, D>(d_k, p, tiles);
+    }
+  });
+
+  if (!active) return;
+  const int first_key = j * c.bk + warp_row;
+  if constexpr (kValues) {
+    const float* linear = back.d_v_linear + row * D;
+    store_keys<D>(
+        c, back.d_v, b, kv, first_key, length, c.dv,
+        [&](int r, int n, int e, int column) { return d_v[n][e] + linear[r * D + column]; });
+  }
+  if constexpr (kKeys) {
+    const float* linear = back.d_keys + row * D;
+    const float* mean = back.key_mean + head * D;
+    store_keys<D>(c, back.d_k, b, kv, first_key, length, c.d, [&](int r, int n, int e, int column) {
+      return d_k[n][e] * c.scale + (linear[r * D + column] - mean[column]);
+    });
+  }
+}
+
+template <int kTerms, int D>
+SLA2_KERNEL(kBackThreads, 1)
+void sparse_keys_kernel(Backward back) {
+  if constexpr (D <= 128) {
+    sparse_keys<kTerms, D, true, true>(back);
+  } else if (block_z() == 0) {
+    sparse_keys<kTerms, D, true, false>(back);
+  } else {
+    sparse_keys<kTerms, D, false, true>(back);
+  }
+}
+
+}  // namespace
+
+void back_sparse_queries(const Backward& back, void* stream) {
+  with_sizes(back, [&](auto terms, auto d) {
+    constexpr int kTerms = decltype(terms)::value;
+    constexpr int D = decltype(d)::value;
+    using S = Sizes<kTerms, D>;
+    const Call& c = back.call;
+    launch(stream, sparse_queries_kernel<kTerms, D>, {c.M * back.query_tiles, c.B * c.H, 1},
+           kBackThreads, S::kStages * S::kStage + 4 * sizeof(float), back);
+  });
+}
+
+void back_sparse_keys(const Backward& back, void* stream) {
+  with_sizes(back, [&](auto terms, auto d) {
+    constexpr int kTerms = decltype(terms)::value;
+    constexpr int D = decltype(d)::value;
+    using S = Sizes<kTerms, D>;
+    const Call& c = back.call;
+    launch(stream, sparse_keys_kernel<kTerms, D>,
+           {c.T * back.key_tiles, c.B * c.Hkv, D <= 128 ? 1 : 2}, kBackThreads,
+           S::kStages * S::kStage, back);
+  });
+}
+
+}  // namespace sla2::SLA2_CUDA_ROOM
