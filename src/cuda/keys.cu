@@ -3,7 +3,7 @@
 // A block owns one key block (with head size 256 a quarter of v's channels of it); a warp smooths
 // and quantises a row at a time, then all warps multiply steps of rows on tensor cores. Every
 // output has one owner and sums run in token order: the same bits every run.
-#include "cuda/rows.cuh"
+#include "cuda/lines.cuh"
 #include "cuda/stages.h"
 
 namespace sla2::SLA2_CUDA_ROOM {
@@ -52,10 +52,6 @@ struct KeyBlock {
   std::int64_t low_row;  // first row in k_low and v_low
 };
 
-SLA2_DEVICE bool is_low_bit(const Call& c) {
-  return c.format == Format::kInt8 || c.format == Format::kFp8;
-}
-
 /// Four neighbours of a row of K, minus the mean; 0 behind the features.
 SLA2_DEVICE void load_smoothed(const Call& c, const Row& row, const float* mean, int channel,
                                float (&k)[4], float (&ks)[4]) {
@@ -73,13 +69,11 @@ SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, const float* m
     const Row row = row_of(c.k, at.b, at.kv, at.first + r);
     SLA2_UNROLL for (int group = 0; group < (D + 127) / 128; ++group) {
       float k[4], ks[4];
-      load_smoothed(c, row, mean, group * 128 + lane_index() * 4, k, ks);
+      load_smoothed(c, row, mean, line_channel(group), k, ks);
       SLA2_UNROLL for (int e = 0; e < 4; ++e) amax = larger_or_nan(amax, abs_of(ks[e]));
     }
   }
-  SLA2_UNROLL for (int mask = 16; mask > 0; mask /= 2) {
-    amax = larger_or_nan(amax, shuffle_xor(amax, mask));
-  }
+  amax = amax_over_warp(amax);
   if (lane_index() == 0) red[warp_index()] = amax;
   block_barrier();
   amax = red[0];
@@ -88,65 +82,6 @@ SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, const float* m
   quantiser(amax, 127.0f, scale, factor);
   if (at.slice == 0 && thread_index() == 0) c.k_scale[at.head * c.T + at.j] = scale;
   return factor;
-}
-
-/// Four neighbours of Ks or V in the workspace's format; `row` counts from the tensor's start.
-template <int D>
-SLA2_DEVICE void store_low(const Call& c, void* low, std::int64_t plane, std::int64_t row,
-                           int channel, float (&x)[4], float half) {
-  const std::int64_t at = row * D + channel;
-  if (c.format == Format::kFp32) {
-    for (int term = 0; term < 3; ++term) {
-      Bf16* to = static_cast<Bf16*>(low) + term * plane + at;
-      const std::uint32_t w0 = next_term(x[0], x[1]);
-      store_8(to, {{w0, next_term(x[2], x[3])}});
-    }
-  } else if (c.format == Format::kBf16) {
-    store_8(static_cast<Bf16*>(low) + at, {{pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3])}});
-  } else {
-    store_8(static_cast<F16*>(low) + at,
-            {{pack_f16(x[0] * half, x[1] * half), pack_f16(x[2] * half, x[3] * half)}});
-  }
-}
-
-/// phi of one row, normalised, into the term planes.
-template <int D>
-SLA2_DEVICE void stage_phi(const Call& c, bool valid, const float (&x)[(D + 127) / 128][4],
-                           Bf16* phi, std::int64_t plane) {
-  constexpr int kGroups = (D + 127) / 128;
-  float max = 0;
-  float norm = 1;
-  float y[kGroups][4];
-  if (c.feature_map == FeatureMap::kSoftmax) {
-    max = -kInfinity;
-    SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-      if (g * 128 + lane_index() * 4 < c.d) {
-        SLA2_UNROLL for (int e = 0; e < 4; ++e) max = max_of(max, x[g][e]);
-      }
-    }
-    max = max_over_warp(max);
-  }
-  float sum = 0;
-  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-    const bool inside = valid && g * 128 + lane_index() * 4 < c.d;
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-      y[g][e] = inside ? phi_of(c.feature_map, x[g][e], max) : 0.0f;
-      sum += y[g][e];
-    }
-  }
-  if (c.feature_map == FeatureMap::kSoftmax) {
-    sum = sum_over_warp(sum);
-    norm = valid ? 1 / sum : 0.0f;
-  }
-  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-    const int channel = g * 128 + lane_index() * 4;
-    if (channel >= D) continue;
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) y[g][e] *= norm;
-    for (int term = 0; term < c.terms; ++term) {
-      const std::uint32_t w0 = next_term(y[g][0], y[g][1]);
-      store_8(phi + term * plane + channel, {{w0, next_term(y[g][2], y[g][3])}});
-    }
-  }
 }
 
 /// One row of K: k_low and phi.
@@ -158,7 +93,7 @@ SLA2_DEVICE void stage_key(const Call& c, const KeyBlock& at, int r, float facto
   const Row row = row_of(c.k, at.b, at.kv, at.first + (valid ? r : 0));
   float keys[kGroups][4];
   SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-    const int channel = g * 128 + lane_index() * 4;
+    const int channel = line_channel(g);
     float ks[4] = {};
     SLA2_UNROLL for (int e = 0; e < 4; ++e) keys[g][e] = 0;
     if (valid) load_smoothed(c, row, mean, channel, keys[g], ks);
@@ -166,15 +101,18 @@ SLA2_DEVICE void stage_key(const Call& c, const KeyBlock& at, int r, float facto
       SLA2_UNROLL for (int e = 0; e < 4; ++e) keys[g][e] = ks[e];
     }
     if (c.k_low == nullptr || at.slice != 0 || channel >= D) continue;
+    const std::int64_t to = (at.low_row + r) * D + channel;
     if (is_low_bit(c)) {
-      store_4(static_cast<std::uint8_t*>(c.k_low) + (at.low_row + r) * D + channel,
-              pack_s8(to_s8(ks[0], factor), to_s8(ks[1], factor), to_s8(ks[2], factor),
-                      to_s8(ks[3], factor)));
+      store_4(static_cast<std::uint8_t*>(c.k_low) + to, quantise_line(ks, factor));
     } else {
-      store_low<D>(c, c.k_low, c.k_plane, at.low_row + r, channel, ks, 0.5f);
+      store_line(c.format, c.k_low, c.k_plane, to, ks, 0.5f);
     }
   }
-  if (c.h.data != nullptr) stage_phi<D>(c, valid, keys, phi, plane);
+  if (c.h.data == nullptr) return;
+  apply_phi(c, valid, keys);
+  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+    if (line_channel(g) < D) store_line_terms(phi + line_channel(g), plane, c.terms, keys[g]);
+  }
 }
 
 /// One row of V: v_low (8 bits: into `bytes`) and the term planes.
@@ -190,15 +128,11 @@ SLA2_DEVICE void stage_value(const Call& c, const KeyBlock& at, int r, Bf16* val
     load_some<4>(row_of(c.v, at.b, at.kv, at.first + r), channel, v);
   }
   if (c.h.data != nullptr) {
-    float rest[4] = {v[0], v[1], v[2], v[3]};
-    for (int term = 0; term < c.terms; ++term) {
-      const std::uint32_t w0 = next_term(rest[0], rest[1]);
-      store_8(value + term * plane + local, {{w0, next_term(rest[2], rest[3])}});
-    }
+    store_line_terms(value + local, plane, c.terms, v);
   }
   if (c.v_low == nullptr) return;
   if (!is_low_bit(c)) {
-    store_low<D>(c, c.v_low, c.v_plane, at.low_row + r, channel, v, 1.0f);
+    store_line(c.format, c.v_low, c.v_plane, (at.low_row + r) * D + channel, v, 1.0f);
     return;
   }
   float factor[4] = {};

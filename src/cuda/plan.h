@@ -81,16 +81,19 @@ struct Call {
   float* scores;                   // [B, H, M, T] s_ij, -inf behind a key length
   std::int32_t* complement_empty;  // [B, H, M]
   Terms rest;                      // [B, H, M, Tp] 1 - m, zero behind a key length
-  float* k_scale;                  // [B, Hkv, T]; 8-bit formats only
-  void* k_low;  // Ks, zero behind a key length and in features past d, [B, Hkv, T * bk, D]:
-                // s8; 16-bit in the format's type (kF16: Ks / 2); kFp32: three planes of bf16
-  void* v_low;  // V. 16-bit and kFp32: as k_low, [B, Hkv, T * bk, D]. 8-bit:
-                // [B, Hkv, T * bk / 32, D, 32], keys in the order of key_position()
-  std::int64_t k_plane, v_plane;  // elements from one plane to the next
-  Terms h;                        // [B, Hkv, T, S]: h_j [d, dv], then z_j [d]
-  Terms sums;                     // [B, H, M, S]: H_i, then Z_i
-  float* sparse_rows;             // [B, H, Nq, dv] o_s in fp32; method sla only
-  float* linear_rows;             // [B, H, Nq, dv] o_l in fp32; method sla only
+  void* q_low;     // Q, zero in features past d, [B, H, Nq, D]: s8; 16-bit; three planes of bf16
+  float* q_scale;  // [B, H, Nq]; 8-bit formats only
+  Terms phi_q;     // [B, H, Nq, D] phi(q), zero in features past d
+  float* k_scale;  // [B, Hkv, T]; 8-bit formats only
+  void* k_low;     // Ks, zero behind a key length and in features past d, [B, Hkv, T * bk, D]:
+                   // s8; 16-bit in the format's type (kF16: Ks / 2); kFp32: three planes of bf16
+  void* v_low;     // V. 16-bit and kFp32: as k_low, [B, Hkv, T * bk, D]. 8-bit:
+                   // [B, Hkv, T * bk / 32, D, 32], keys in the order of key_position()
+  std::int64_t q_plane, k_plane, v_plane;  // elements from one plane to the next
+  Terms h;                                 // [B, Hkv, T, S]: h_j [d, dv], then z_j [d]
+  Terms sums;                              // [B, H, M, S]: H_i, then Z_i
+  float* sparse_rows;                      // [B, H, Nq, dv] o_s in fp32; method sla only
+  float* linear_rows;                      // [B, H, Nq, dv] o_l in fp32; method sla only
 };
 
 /// Hands out pieces of the workspace; with a null base it only counts.
@@ -120,6 +123,7 @@ void set_inputs(Call& call, const Inputs& inputs);
 // Workspace by stage. Pointers that are set already (outputs) are left.
 void take_router(Call& call, Arena& arena);   // reduce, finish_mean, project, route without weights
 void take_weights(Call& call, Arena& arena);  // rest, complement_empty
+void take_queries(Call& call, Arena& arena);  // q_low, q_scale, phi_q, in call.format
 void take_keys(Call& call, Arena& arena);     // k_low, v_low, k_scale, in call.format
 void take_states(Call& call, Arena& arena);   // h, sums
 void take_sla_rows(Call& call, Arena& arena);

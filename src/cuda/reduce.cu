@@ -1,7 +1,8 @@
-// Step 0 and the poolings of step 1: k_sums, v_amax, pooled_q, then k_mean and v_scale.
+// Step 0 and the poolings of step 1: k_sums, v_amax, pooled_q, then k_mean and v_scale; in the same
+// pass over q its formats, q_low and phi(q).
 // One block per key block or query block, a thread per channel: sums run in token order, so the
 // mean, and with it every integer of int8, has the bits of the reference.
-#include "cuda/rows.cuh"
+#include "cuda/lines.cuh"
 #include "cuda/stages.h"
 
 namespace sla2::SLA2_CUDA_ROOM {
@@ -79,13 +80,71 @@ SLA2_DEVICE void pool_queries(const Call& c, std::int64_t block, int part, int p
   c.pooled_q[block * c.d + channel] = sum / static_cast<float>(rows);
 }
 
-SLA2_KERNEL(kThreads, 4) void reduce_kernel(Call c) {
+/// pooled_q, q_low, q_scale and phi_q of one query block, a warp per row.
+SLA2_DEVICE void prepare_queries(const Call& c, std::int64_t block) {
+  constexpr int kGroups = 2;
+  float* partial = shared_memory<float>(0);  // [warps, D]
+  const int i = static_cast<int>(block % c.M);
+  const std::int64_t head = block / c.M;
+  const int rows = min_int(c.bq, c.Nq - i * c.bq);
+  float sums[kGroups][4] = {};
+  for (int r = warp_index(); r < rows; r += kThreads / 32) {
+    const int n = i * c.bq + r;
+    const Row row = row_of(c.q, static_cast<int>(head / c.H), static_cast<int>(head % c.H), n);
+    const std::int64_t at = (head * c.Nq + n) * c.D;
+    float x[kGroups][4] = {};
+    float amax = 0;
+    SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+      if (line_channel(g) < c.d) load_some<4>(row, line_channel(g), x[g]);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        sums[g][e] += x[g][e];
+        amax = larger_or_nan(amax, abs_of(x[g][e]));
+      }
+    }
+    if (is_low_bit(c)) {
+      float scale, factor;
+      quantiser(amax_over_warp(amax), 127.0f, scale, factor);
+      if (lane_index() == 0) c.q_scale[head * c.Nq + n] = scale;
+      SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+        if (line_channel(g) >= c.D) continue;
+        store_4(static_cast<std::uint8_t*>(c.q_low) + at + line_channel(g),
+                quantise_line(x[g], factor));
+      }
+    } else {
+      SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+        if (line_channel(g) >= c.D) continue;
+        store_line(c.format, c.q_low, c.q_plane, at + line_channel(g), x[g], 1.0f);
+      }
+    }
+    apply_phi(c, true, x);
+    SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+      if (line_channel(g) >= c.D) continue;
+      store_line_terms(c.phi_q.data + at + line_channel(g), c.phi_q.plane, c.phi_q.count, x[g]);
+    }
+  }
+  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+      if (line_channel(g) < c.D) partial[warp_index() * c.D + line_channel(g) + e] = sums[g][e];
+    }
+  }
+  block_barrier();
+  if (c.pooled_q == nullptr) return;
+  for (int channel = thread_index(); channel < c.d; channel += kThreads) {
+    float sum = 0;
+    for (int w = 0; w < kThreads / 32; ++w) sum += partial[w * c.D + channel];
+    c.pooled_q[block * c.d + channel] = sum / static_cast<float>(rows);
+  }
+}
+
+SLA2_KERNEL(kThreads, 3) void reduce_kernel(Call c) {
   const int channel = thread_index() & (c.D - 1);
   const int part = thread_index() / c.D;
   const int parts = kThreads / c.D;
   const std::int64_t key_blocks = static_cast<std::int64_t>(c.B) * c.Hkv * c.T;
   if (block_x() < key_blocks) {
     reduce_keys(c, block_x(), part, parts, channel);
+  } else if (c.q_low != nullptr) {
+    prepare_queries(c, block_x() - key_blocks);
   } else {
     pool_queries(c, block_x() - key_blocks, part, parts, channel);
   }
@@ -139,8 +198,10 @@ SLA2_KERNEL(kMeanThreads, 1) void mean_kernel(Call c) {
 void reduce(const Call& c, void* stream) {
   const std::int64_t keys = static_cast<std::int64_t>(c.B) * c.Hkv * c.T;
   const std::int64_t queries =
-      c.pooled_q == nullptr ? 0 : static_cast<std::int64_t>(c.B) * c.H * c.M;
-  launch(stream, reduce_kernel, {keys + queries}, kThreads, kThreads * sizeof(float), c);
+      c.pooled_q == nullptr && c.q_low == nullptr ? 0 : static_cast<std::int64_t>(c.B) * c.H * c.M;
+  // Sums of 8 warps over D channels, or of one thread each.
+  const std::size_t shared = kThreads / 32 * static_cast<std::size_t>(c.D) * sizeof(float);
+  launch(stream, reduce_kernel, {keys + queries}, kThreads, shared, c);
 }
 
 void finish_mean(const Call& c, void* stream) {

@@ -6,7 +6,7 @@
 
 namespace sla2::SLA2_CUDA_ROOM {
 
-/// k_sums, v_amax (if set), pooled_q (if set).
+/// k_sums, v_amax (if set), pooled_q (if set); q_low, q_scale and phi_q if q_low is set.
 void reduce(const Call& call, void* stream);
 /// k_mean and v_scale (if set) from k_sums and v_amax.
 void finish_mean(const Call& call, void* stream);

@@ -1,0 +1,288 @@
+// Steps 2 to 4 for the rows of one query block: sparse branch (sparse.cuh), then the linear branch
+// o_l = phi(q) H_i / (phi(q) . Z_i) by slices of 32 channels, then the mix o = alpha o_s +
+// (1 - alpha) o_l. A block of threads owns up to 128 rows of one query block, a warp 16 of them;
+// every output element has one writer, so the bits never depend on scheduling.
+#include "cuda/sparse.cuh"
+#include "cuda/stages.h"
+
+namespace sla2::SLA2_CUDA_ROOM {
+namespace {
+
+constexpr int kSlice = 32;                                  // channels of H_i staged together
+constexpr int kSliceStride = kSlice + 8;                    // bf16
+constexpr float kTinyDenominator = 5.421010862427522e-20f;  // 2^-64
+
+SLA2_HOST_DEVICE std::size_t slice_bytes(int D, int terms) {
+  return static_cast<std::size_t>(D) * kSliceStride * 2 * static_cast<std::size_t>(terms);
+}
+/// Slices that fit into the shared memory that the sparse branch has left.
+template <Format F, int D>
+SLA2_HOST_DEVICE int slices_at_once(int terms) {
+  constexpr std::size_t kRoom = Sparse<F, D>::kStages * Sparse<F, D>::kStageBytes;
+  const std::size_t room = kRoom < 40960 ? 40960 : kRoom;
+  const auto fit = static_cast<int>(room / slice_bytes(D, terms));
+  return fit < 1 ? 1 : fit > D / kSlice ? D / kSlice : fit;
+}
+
+/// 1 / (phi(q) . Z_i) of both rows, 0 where it is tiny.
+template <int D>
+SLA2_DEVICE void inverse_denominators(const Call& c, const Queries& q, float (&inverse)[2]) {
+  const Bf16* z = c.sums.data + q.block_row * c.S + std::int64_t{c.d} * c.dv;
+  float bottom[2] = {};
+  SLA2_UNROLL for (int step = 0; step < D / 8; ++step) {
+    const int channel = step * 8 + lane_index() % 4 * 2;
+    if (channel >= c.d) continue;
+    float weight[2] = {};
+    float phi[2][2] = {};
+    for (int term = c.terms - 1; term >= 0; --term) {
+      const std::uint32_t word = load_4(z + term * c.sums.plane + channel);
+      weight[0] += bits_to_float(word << 16);
+      weight[1] += bits_to_float(word & 0xffff0000u);
+      SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+        const std::uint32_t pair =
+            load_4(c.phi_q.data + term * c.phi_q.plane + q.line[r] * D + channel);
+        phi[r][0] += bits_to_float(pair << 16);
+        phi[r][1] += bits_to_float(pair & 0xffff0000u);
+      }
+    }
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+      bottom[r] += phi[r][0] * weight[0] + phi[r][1] * weight[1];
+    }
+  }
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+    bottom[r] += shuffle_xor(bottom[r], 1);
+    bottom[r] += shuffle_xor(bottom[r], 2);
+    inverse[r] = bottom[r] < kTinyDenominator ? 0.0f : 1 / bottom[r];
+  }
+}
+
+/// Copies slices [slice, slice + count) of H_i.
+template <int D>
+SLA2_DEVICE void load_slices(const Call& c, const Queries& q, int slice, int count) {
+  Bf16* to = shared_memory<Bf16>(0);
+  constexpr int kUnits = kSlice / 8;
+  const Bf16* from = c.sums.data + q.block_row * c.S;
+  const int total = count * c.terms * D * kUnits;
+  for (int at = thread_index(); at < total; at += block_threads()) {
+    const int unit = at % kUnits * 8;
+    const int a = at / kUnits % D;
+    const int plane = at / (kUnits * D);  // of slice, term
+    const int channel = (slice + plane / c.terms) * kSlice + unit;
+    const bool valid = a < c.d && channel < c.dv;
+    const std::int64_t source =
+        valid ? plane % c.terms * c.sums.plane + std::int64_t{a} * c.dv + channel : std::int64_t{0};
+    copy_async_16(to + (plane * D + a) * kSliceStride + unit, from + source, valid);
+  }
+  copy_async_commit();
+  copy_async_wait<0>();
+}
+
+/// phi(q) H_i for one staged slice.
+template <int D, bool kKeep>
+SLA2_DEVICE void multiply_slice(const Call& c, const Queries& q,
+                                const std::uint32_t (&kept)[kKeep ? D / 16 : 1][4],
+                                const Bf16* staged, float (&acc)[kSlice / 8][4]) {
+  const int lane = lane_index();
+  for (int order = c.terms - 1; order >= 0; --order) {  // small products first
+    for (int term = 0; term <= order; ++term) {
+      const Bf16* plane = staged + (order - term) * D * kSliceStride;
+      SLA2_UNROLL for (int step = 0; step < D / 16; ++step) {
+        if (step * 16 >= c.d) continue;
+        std::uint32_t a[4];
+        if (kKeep && c.terms == 1) {
+          SLA2_UNROLL for (int e = 0; e < 4; ++e) a[e] = kept[kKeep ? step : 0][e];
+        } else {
+          row_fragment(c.phi_q.data + term * c.phi_q.plane, q, D * 2, step, a);
+        }
+        SLA2_UNROLL for (int n = 0; n < kSlice / 8; n += 2) {
+          std::uint32_t b[4];
+          ldmatrix_x4_transposed(
+              b, plane + (step * 16 + lane % 16) * kSliceStride + n * 8 + lane / 16 * 8);
+          SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+            float product[4] = {};
+            mma_bf16(product, a, b[2 * half], b[2 * half + 1]);
+            SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[n + half][e] += product[e];
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Writes two neighbouring channels of one row.
+SLA2_DEVICE void write_pair(const Call& c, const Queries& q, int r, int channel, float alpha,
+                            bool mixed, const float (&o_s)[2], const float (&o_l)[2]) {
+  if (!q.valid[r] || channel >= c.dv) return;
+  const int row = q.row[r];
+  if (c.out_sparse.data != nullptr) {
+    store_pair(row_of(c.out_sparse, q.b, q.h, row), channel, o_s[0], o_s[1]);
+  }
+  if (c.out_linear.data != nullptr) {
+    store_pair(row_of(c.out_linear, q.b, q.h, row), channel, o_l[0], o_l[1]);
+  }
+  if (c.is_sla) {
+    const std::int64_t at = (q.head * c.Nq + row) * c.dv + channel;
+    store_8(c.sparse_rows + at, {{float_to_bits(o_s[0]), float_to_bits(o_s[1])}});
+    store_8(c.linear_rows + at, {{float_to_bits(o_l[0]), float_to_bits(o_l[1])}});
+    return;
+  }
+  float o[2] = {o_s[0], o_s[1]};
+  if (mixed) {
+    SLA2_UNROLL for (int e = 0; e < 2; ++e) o[e] = alpha * o_s[e] + (1 - alpha) * o_l[e];
+  }
+  store_pair(row_of(c.out, q.b, q.h, row), channel, o[0], o[1]);
+}
+
+/// Linear branch and mix.
+template <Format F, int D>
+SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) {
+  constexpr bool kKeep = D <= 128;
+  const bool mixed = c.complement_empty[q.block_row] == 0;
+  float inverse[2] = {};
+  std::uint32_t kept[kKeep ? D / 16 : 1][4] = {};
+  float alpha = 0.5f;
+  if (mixed) {
+    inverse_denominators<D>(c, q, inverse);
+    if (kKeep && c.terms == 1) {
+      SLA2_UNROLL for (int step = 0; step < (kKeep ? D / 16 : 1); ++step) {
+        row_fragment(c.phi_q.data, q, D * 2, step, kept[step]);
+      }
+    }
+    if (c.alpha_logit != nullptr) {
+      const int column = c.alpha_blocks == 1 ? 0 : q.i;
+      alpha = 1 / (1 + exact_exp(-c.alpha_logit[q.h * c.alpha_blocks + column]));
+    }
+  }
+  const int at_once = slices_at_once<F, D>(c.terms);
+  SLA2_UNROLL for (int slice = 0; slice < D / kSlice; ++slice) {
+    float acc[kSlice / 8][4] = {};
+    if (mixed) {
+      if (slice % at_once == 0) {
+        block_barrier();
+        load_slices<D>(c, q, slice, min_int(at_once, D / kSlice - slice));
+        block_barrier();
+      }
+      const Bf16* staged =
+          shared_memory<Bf16>(static_cast<std::size_t>(slice % at_once) * slice_bytes(D, c.terms));
+      multiply_slice<D, kKeep>(c, q, kept, staged, acc);
+    }
+    SLA2_UNROLL for (int n = 0; n < kSlice / 8; ++n) {
+      SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+        const int channel = slice * kSlice + n * 8 + lane_index() % 4 * 2;
+        const float(&s)[4] = run.o[slice * (kSlice / 8) + n];
+        const float o_s[2] = {s[2 * r], s[2 * r + 1]};
+        float o_l[2] = {0, 0};
+        SLA2_UNROLL for (int e = 0; e < 2; ++e) {
+          if (inverse[r] != 0) o_l[e] = acc[n][2 * r + e] * inverse[r];
+        }
+        write_pair(c, q, r, channel, alpha, mixed, o_s, o_l);
+      }
+    }
+  }
+}
+
+template <Format F, int D>
+SLA2_KERNEL(kAttendThreads, 1)
+void attend_kernel(Call c) {
+  const int rows = block_threads() / 2;
+  const int tiles = c.bq / rows;  // of a query block
+  const int index = block_x() % (c.M * tiles);
+  Queries q;
+  q.head = block_x() / (c.M * tiles);
+  q.i = index / tiles;
+  q.first = q.i * c.bq + index % tiles * rows;
+  q.end = min_int(c.Nq, (q.i + 1) * c.bq);
+  if (q.first >= q.end) return;
+  q.b = static_cast<int>(q.head / c.H);
+  q.h = static_cast<int>(q.head % c.H);
+  q.kv = q.h / c.group;
+  q.key_head = std::int64_t{q.b} * c.Hkv + q.kv;
+  q.block_row = q.head * c.M + q.i;
+  q.length = key_length(c, q.b);
+  q.blocks = blocks_of(c, q.length);
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+    const int row = q.first + warp_index() * 16 + lane_index() / 4 + 8 * r;
+    q.valid[r] = row < q.end;
+    q.row[r] = q.valid[r] ? row : q.first;
+    q.line[r] = q.head * c.Nq + q.row[r];
+  }
+  Running<D> run;
+  float lse[2];
+  sparse_branch<F, D>(c, q, run, lse);
+  if (c.lse != nullptr && lane_index() % 4 == 0) {
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+      if (q.valid[r]) c.lse[q.head * c.Nq + q.row[r]] = lse[r];
+    }
+  }
+  finish<F, D>(c, q, run);
+}
+
+template <Format F, int D>
+void launch_attend(const Call& c, void* stream) {
+  using S = Sparse<F, D>;
+  const int rows = c.bq < 128 ? c.bq : 128;
+  const std::size_t sparse = static_cast<std::size_t>(S::kStages) * S::kStageBytes;
+  const std::size_t linear =
+      static_cast<std::size_t>(slices_at_once<F, D>(c.terms)) * slice_bytes(D, c.terms);
+  launch(stream, attend_kernel<F, D>, {std::int64_t{c.B} * c.H * c.M * (c.bq / rows)}, rows * 2,
+         sparse < linear ? linear : sparse, c);
+}
+
+template <Format F>
+void dispatch(const Call& c, void* stream) {
+  if (c.D == 64) {
+    launch_attend<F, 64>(c, stream);
+  } else if (c.D == 128) {
+    launch_attend<F, 128>(c, stream);
+  } else {
+    launch_attend<F, 256>(c, stream);
+  }
+}
+
+/// out = o_s + o_l proj_out, a row per warp at a time.
+SLA2_KERNEL(kAttendThreads, 2) void project_out_kernel(Call c) {
+  const std::int64_t rows = std::int64_t{c.B} * c.H * c.Nq;
+  const std::int64_t row = std::int64_t{block_x()} * (kAttendThreads / 32) + warp_index();
+  if (row >= rows) return;
+  const int n = static_cast<int>(row % c.Nq);
+  const std::int64_t head = row / c.Nq;
+  const bool mixed = c.complement_empty[head * c.M + n / c.bq] == 0 && c.proj_out != nullptr;
+  const float* o_s = c.sparse_rows + row * c.dv;
+  const float* o_l = c.linear_rows + row * c.dv;
+  const Row out = row_of(c.out, static_cast<int>(head / c.H), static_cast<int>(head % c.H), n);
+  for (int channel = lane_index() * 2; channel < c.dv; channel += 64) {
+    float o[2] = {o_s[channel], o_s[channel + 1]};
+    if (mixed) {
+      for (int a = 0; a < c.dv; ++a) {
+        const float* w = c.proj_out + a * c.dv + channel;
+        o[0] += o_l[a] * w[0];
+        o[1] += o_l[a] * w[1];
+      }
+    }
+    store_pair(out, channel, o[0], o[1]);
+  }
+}
+
+}  // namespace
+
+void attend(const Call& c, void* stream) {
+  switch (c.format) {
+    case Format::kInt8:
+      return dispatch<Format::kInt8>(c, stream);
+    case Format::kFp8:
+      return dispatch<Format::kFp8>(c, stream);
+    case Format::kBf16:
+      return dispatch<Format::kBf16>(c, stream);
+    case Format::kF16:
+      return dispatch<Format::kF16>(c, stream);
+    case Format::kFp32:
+      return dispatch<Format::kFp32>(c, stream);
+  }
+}
+
+void project_out(const Call& c, void* stream) {
+  const std::int64_t rows = std::int64_t{c.B} * c.H * c.Nq;
+  launch(stream, project_out_kernel, {ceil_div(rows, kAttendThreads / 32)}, kAttendThreads, 0, c);
+}
+
+}  // namespace sla2::SLA2_CUDA_ROOM

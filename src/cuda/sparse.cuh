@@ -1,0 +1,503 @@
+// Step 2 (Eq. 14): softmax attention of 16 query rows a warp over the routed key blocks.
+// Keys come in tiles (16 to 64), made of parts that lie in one key block each; the maximum is the
+// running one, taken tile by tile (int8: a chunk is one tile, p = round(255 exp(s - running max))).
+// Scores, weights and outputs stay in registers: the fragments of the scores are those of p, which
+// is why 8-bit v is stored in permuted key order. s32 sums start at the integer form of 1.5 * 2^23,
+// so that their bits, read as a float, are that number plus the sum: no conversion.
+#pragma once
+
+#include "cuda/rows.cuh"
+
+namespace sla2::SLA2_CUDA_ROOM {
+
+inline constexpr int kAttendThreads = 256;
+inline constexpr std::int32_t kMagicBits = 0x4b400000;
+inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
+inline constexpr float kLowest = -3.0e38f;    // a running maximum before the first key
+
+template <Format F, int D>
+struct Sparse {
+  static constexpr bool kLowBit = F == Format::kInt8 || F == Format::kFp8;
+  static constexpr int kBytes = kLowBit ? 1 : 2;  // of a number
+  static constexpr int kPlanes = F == Format::kFp32 ? 3 : 1;
+  static constexpr int kTileKeys = F == Format::kFp32 ? 16 : !kLowBit && D == 256 ? 32 : 64;
+  static constexpr int kPartKeys = kTileKeys < 32 ? kTileKeys : 32;
+  static constexpr int kParts = kTileKeys / kPartKeys;
+  static constexpr int kScores = kTileKeys / 8;  // fragments of 8 keys
+  static constexpr int kStages = F == Format::kFp32 && D == 256 ? 1 : 2;
+  // Bytes of a row in shared memory: 16-byte units odd, so ldmatrix meets no bank conflict.
+  static constexpr int kKeyStride = D * kBytes + 16;
+  static constexpr int kValueStride = kLowBit ? kTileKeys + 16 : D * 2 + 16;
+  static constexpr int kKeyPlane = kTileKeys * kKeyStride;
+  static constexpr int kValuePlane = (kLowBit ? D : kTileKeys) * kValueStride;
+  static constexpr int kStageBytes = kPlanes * (kKeyPlane + kValuePlane);
+  static constexpr int kSteps = D * kBytes / 32;  // products of one fragment of scores
+  // q stays in registers where they suffice, else it is read again for every tile.
+  static constexpr bool kKeepQ = F != Format::kFp32 && kSteps <= 8;
+  static constexpr float kLimit = F == Format::kInt8 ? 255.0f : F == Format::kFp8 ? 448.0f : 1.0f;
+};
+
+/// What a block works on.
+struct Queries {
+  int b, h, i, kv;
+  int first, end;      // rows of this block of threads: [first, end)
+  int length, blocks;  // keys and key blocks that exist
+  int row[2];          // this thread's rows; loads stay inside [.., end)
+  bool valid[2];
+  std::int64_t line[2];    // head * Nq + row
+  std::int64_t head;       // b * H + h
+  std::int64_t key_head;   // b * Hkv + kv
+  std::int64_t block_row;  // head * M + i
+};
+
+/// The running state of a thread's two rows.
+template <int D>
+struct Running {
+  float o[D / 8][4];  // rows 0, 0, 1, 1 of fragment n: channels n * 8 + 2t, + 1
+  float max[2];       // of the scores in units of ln 2
+  float sum[2];       // low-bit: of the row; else of this thread's keys
+};
+
+/// A part of a tile: keys of one block.
+struct Part {
+  int block;          // key block, -1: none
+  int offset;         // first key in the block
+  int valid;          // keys that exist
+  float key_scale;    // low-bit
+  float log2_weight;  // log2 m; 0 with hard routing
+};
+
+// ---- Routed blocks ---------------------------------------------------------------------------
+
+struct Routed {
+  const std::int32_t* list;  // null: every block (soft)
+  const float* logits;       // null: hard
+  int count;
+};
+SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q) {
+  if (c.soft) {
+    const float* logits = c.given_logits != nullptr ? c.given_logits : c.logits;
+    return {nullptr, logits + q.block_row * c.T, q.blocks};
+  }
+  const std::int32_t* list =
+      (c.given_blocks != nullptr ? c.given_blocks : c.blocks) + q.block_row * c.L;
+  int count = 0;
+  for (int first = 0; first < c.L; first += 32) {
+    const int l = first + lane_index();
+    count += count_bits(ballot(l < c.L && list[l] >= 0));
+  }
+  return {list, nullptr, count};
+}
+
+template <Format F, int D>
+SLA2_DEVICE Part part_of(const Call& c, const Queries& q, const Routed& routed, int index) {
+  using S = Sparse<F, D>;
+  const int parts = c.bk / S::kPartKeys;  // of a block
+  const int at = index / parts;
+  Part part{-1, index % parts * S::kPartKeys, 0, 0.0f, 0.0f};
+  if (at >= routed.count) return part;
+  const int block = routed.list == nullptr ? at : routed.list[at];
+  if (block < 0 || block >= q.blocks) return part;  // a given table is not trusted
+  part.block = block;
+  const int left = q.length - block * c.bk - part.offset;
+  part.valid = min_int(max_int(left, 0), S::kPartKeys);
+  if constexpr (S::kLowBit) part.key_scale = c.k_scale[q.key_head * c.T + block];
+  if (routed.logits != nullptr) {
+    const float x = routed.logits[block];  // log m = -softplus(-x)
+    part.log2_weight =
+        kLog2E * (x >= 0 ? -exact_log1p(exact_exp(-x)) : x - exact_log1p(exact_exp(x)));
+    if (x == -kInfinity) part.log2_weight = -kInfinity;
+  }
+  return part;
+}
+
+/// Starts the copies of one tile.
+template <Format F, int D>
+SLA2_DEVICE void load_tile(const Call& c, const Queries& q, const Routed& routed, int tile,
+                           int stage) {
+  using S = Sparse<F, D>;
+  unsigned char* keys =
+      shared_memory<unsigned char>(static_cast<std::size_t>(stage) * S::kStageBytes);
+  unsigned char* values = keys + S::kPlanes * S::kKeyPlane;
+  const auto* k_low = static_cast<const unsigned char*>(c.k_low);
+  const auto* v_low = static_cast<const unsigned char*>(c.v_low);
+  SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
+    const Part part = part_of<F, D>(c, q, routed, tile * S::kParts + p);
+    const bool valid = part.block >= 0;
+    const std::int64_t row =
+        valid ? (q.key_head * c.T + part.block) * c.bk + part.offset : std::int64_t{0};
+    SLA2_UNROLL for (int plane = 0; plane < S::kPlanes; ++plane) {
+      constexpr int kUnits = D * S::kBytes / 16;
+      for (int at = thread_index(); at < S::kPartKeys * kUnits; at += block_threads()) {
+        const int r = at / kUnits;
+        const int unit = at % kUnits * 16;
+        const int to = plane * S::kKeyPlane + (p * S::kPartKeys + r) * S::kKeyStride + unit;
+        copy_async_16(keys + to, k_low + (plane * c.k_plane + (row + r) * D) * S::kBytes + unit,
+                      valid);
+        if constexpr (!S::kLowBit) {
+          static_assert(S::kKeyStride == S::kValueStride);
+          copy_async_16(values + to, v_low + (plane * c.v_plane + (row + r) * D) * S::kBytes + unit,
+                        valid);
+        }
+      }
+    }
+    if constexpr (S::kLowBit) {
+      for (int at = thread_index(); at < D * kKeyStep / 16; at += block_threads()) {
+        const int channel = at / 2;
+        const int unit = at % 2 * 16;
+        copy_async_16(values + channel * S::kValueStride + p * kKeyStep + unit,
+                      v_low + (row / kKeyStep * D + channel) * kKeyStep + unit, valid);
+      }
+    }
+  }
+}
+
+// ---- Queries ---------------------------------------------------------------------------------
+
+/// The fragment of one step of a product: 32 bytes of both rows. `base` is the plane of the term.
+SLA2_DEVICE void row_fragment(const void* base, const Queries& q, int row_bytes, int step,
+                              std::uint32_t (&fragment)[4]) {
+  const auto* bytes = static_cast<const unsigned char*>(base);
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+    fragment[e] =
+        load_4(bytes + q.line[e % 2] * row_bytes + step * 32 + e / 2 * 16 + lane_index() % 4 * 4);
+  }
+}
+
+// ---- Products --------------------------------------------------------------------------------
+
+template <Format F>
+SLA2_DEVICE void mma_16(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                        std::uint32_t b1) {
+  if constexpr (F == Format::kF16) {
+    mma_f16(c, a, b0, b1);
+  } else {
+    mma_bf16(c, a, b0, b1);
+  }
+}
+
+/// Addresses of the fragments of 8 rows x 64 bytes: two steps of a product.
+SLA2_DEVICE const unsigned char* fragment_row(const unsigned char* base, int row, int stride,
+                                              int byte) {
+  return base + (row + lane_index() % 8) * stride + byte + lane_index() / 8 * 16;
+}
+
+/// q.ks of low-bit integers.
+template <Format F, int D>
+SLA2_DEVICE void score_low_bit(const unsigned char* keys,
+                               const std::uint32_t (&q)[Sparse<F, D>::kSteps][4],
+                               float (&s)[Sparse<F, D>::kScores][4]) {
+  using S = Sparse<F, D>;
+  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+    std::int32_t dot[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+    SLA2_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
+      std::uint32_t k[4];
+      ldmatrix_x4(k, fragment_row(keys, n * 8, S::kKeyStride, step * 32));
+      mma_s8_s8(dot, q[step], k[0], k[1]);
+      mma_s8_s8(dot, q[step + 1], k[2], k[3]);
+    }
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+      s[n][e] = bits_to_float(static_cast<std::uint32_t>(dot[e])) - kMagic;
+    }
+  }
+}
+
+/// q.ks of 16-bit numbers.
+template <Format F, int D>
+SLA2_DEVICE void score_16(const Call& c, const Queries& rows, const unsigned char* keys,
+                          const std::uint32_t (&q)[Sparse<F, D>::kSteps][4],
+                          float (&s)[Sparse<F, D>::kScores][4]) {
+  using S = Sparse<F, D>;
+  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = 0;
+  }
+  SLA2_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
+    std::uint32_t q0[4], q1[4];
+    if constexpr (!S::kKeepQ) {
+      row_fragment(c.q_low, rows, D * 2, step, q0);
+      row_fragment(c.q_low, rows, D * 2, step + 1, q1);
+    }
+    SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+      std::uint32_t k[4];
+      ldmatrix_x4(k, fragment_row(keys, n * 8, S::kKeyStride, step * 32));
+      if constexpr (S::kKeepQ) {
+        mma_16<F>(s[n], q[step], k[0], k[1]);
+        mma_16<F>(s[n], q[step + 1], k[2], k[3]);
+      } else {
+        mma_16<F>(s[n], q0, k[0], k[1]);
+        mma_16<F>(s[n], q1, k[2], k[3]);
+      }
+    }
+  }
+}
+
+/// q.ks of three terms each, small products first; sums rounded to nearest in fp32.
+template <int D>
+SLA2_DEVICE void score_fp32(const Call& c, const Queries& rows, const unsigned char* keys,
+                            float (&s)[Sparse<Format::kFp32, D>::kScores][4]) {
+  using S = Sparse<Format::kFp32, D>;
+  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = 0;
+  }
+  for (int order = 2; order >= 0; --order) {
+    for (int term = 0; term <= order; ++term) {
+      const unsigned char* plane = keys + (order - term) * S::kKeyPlane;
+      const Bf16* q_plane = static_cast<const Bf16*>(c.q_low) + term * c.q_plane;
+      SLA2_NO_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
+        std::uint32_t q0[4], q1[4];
+        row_fragment(q_plane, rows, D * 2, step, q0);
+        row_fragment(q_plane, rows, D * 2, step + 1, q1);
+        SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+          std::uint32_t k[4];
+          ldmatrix_x4(k, fragment_row(plane, n * 8, S::kKeyStride, step * 32));
+          float product[4] = {};
+          mma_bf16(product, q0, k[0], k[1]);
+          SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] += product[e];
+          float second[4] = {};
+          mma_bf16(second, q1, k[2], k[3]);
+          SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] += second[e];
+        }
+      }
+    }
+  }
+}
+
+/// o = o * correction + p v for 8-bit p and v; adds p's row sums to `sum`.
+template <Format F, int D>
+SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
+                               const float (&s)[Sparse<F, D>::kScores][4],
+                               const float (&correction)[2], Running<D>& run) {
+  using S = Sparse<F, D>;
+  std::uint32_t p[2][4];
+  SLA2_UNROLL for (int n = 0; n < S::kScores; n += 2) {
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+      std::uint32_t word;
+      if constexpr (F == Format::kInt8) {
+        std::uint32_t q[4];
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+          q[e] = float_to_bits(fused(s[n + e / 2][2 * r + e % 2], 255.0f, kMagic));
+        }
+        word = pack_low_bytes(q[0], q[1], q[2], q[3]);
+      } else {
+        word = pack_e4m3(448.0f * s[n][2 * r], 448.0f * s[n][2 * r + 1]) |
+               pack_e4m3(448.0f * s[n + 1][2 * r], 448.0f * s[n + 1][2 * r + 1]) << 16;
+      }
+      p[n / 4][n / 2 % 2 * 2 + r] = word;
+    }
+  }
+  if constexpr (F == Format::kInt8) {
+    std::int32_t total[4] = {};
+    mma_u8_s8(total, p[0], 0x01010101u, 0x01010101u);
+    mma_u8_s8(total, p[1], 0x01010101u, 0x01010101u);
+    run.sum[0] = run.sum[0] * correction[0] + static_cast<float>(total[0]);
+    run.sum[1] = run.sum[1] * correction[1] + static_cast<float>(total[2]);
+  } else {
+    float total[4] = {};
+    mma_e4m3(total, p[0], 0x38383838u, 0x38383838u);  // ones
+    mma_e4m3(total, p[1], 0x38383838u, 0x38383838u);
+    run.sum[0] = run.sum[0] * correction[0] + total[0];
+    run.sum[1] = run.sum[1] * correction[1] + total[2];
+  }
+  SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+    std::uint32_t v[4];
+    ldmatrix_x4(v, fragment_row(values, n * 8, S::kValueStride, 0));
+    if constexpr (F == Format::kInt8) {
+      std::int32_t dot[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
+      mma_u8_s8(dot, p[0], v[0], v[1]);
+      mma_u8_s8(dot, p[1], v[2], v[3]);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        run.o[n][e] = fused(run.o[n][e], correction[e / 2],
+                            bits_to_float(static_cast<std::uint32_t>(dot[e])) - kMagic);
+      }
+    } else {
+      float dot[4] = {};
+      mma_e4m3(dot, p[0], v[0], v[1]);
+      mma_e4m3(dot, p[1], v[2], v[3]);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        run.o[n][e] = fused(run.o[n][e], correction[e / 2], dot[e]);
+      }
+    }
+  }
+}
+
+/// o = o * correction + p v for 16-bit p and v, and for three terms of each.
+template <Format F, int D>
+SLA2_DEVICE void weigh_16(const unsigned char* values, const float (&s)[Sparse<F, D>::kScores][4],
+                          const float (&correction)[2], Running<D>& run) {
+  using S = Sparse<F, D>;
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+    float total = 0;
+    SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) total += s[n][2 * r] + s[n][2 * r + 1];
+    run.sum[r] = fused(run.sum[r], correction[r], total);
+  }
+  SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] *= correction[e / 2];
+  }
+  const int lane = lane_index();
+  SLA2_UNROLL for (int step = 0; step < S::kScores / 2; ++step) {
+    std::uint32_t p[S::kPlanes][4];
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+      float low = s[step * 2 + e / 2][e % 2 * 2];
+      float high = s[step * 2 + e / 2][e % 2 * 2 + 1];
+      if constexpr (F == Format::kFp32) {
+        SLA2_UNROLL for (int term = 0; term < 3; ++term) p[term][e] = next_term(low, high);
+      } else {
+        p[0][e] = F == Format::kF16 ? pack_f16(low, high) : pack_bf16(low, high);
+      }
+    }
+    SLA2_UNROLL for (int n = 0; n < D / 8; n += 2) {
+      SLA2_UNROLL for (int plane = S::kPlanes - 1; plane >= 0; --plane) {
+        std::uint32_t v[4];
+        ldmatrix_x4_transposed(v, values + plane * S::kValuePlane +
+                                      (step * 16 + lane % 16) * S::kValueStride +
+                                      (n * 8 + lane / 16 * 8) * 2);
+        SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+          if constexpr (F == Format::kFp32) {
+            SLA2_UNROLL for (int term = 2 - plane; term >= 0; --term) {
+              float product[4] = {};
+              mma_bf16(product, p[term], v[2 * half], v[2 * half + 1]);
+              SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n + half][e] += product[e];
+            }
+          } else {
+            mma_16<F>(run.o[n + half], p[0], v[2 * half], v[2 * half + 1]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- The branch ------------------------------------------------------------------------------
+
+/// Scores of one tile to weights exp2(s - max): scales, masks, moves the running maximum.
+template <Format F, int D>
+SLA2_DEVICE void soften(const Part (&parts)[Sparse<F, D>::kParts], const float (&row_scale)[2],
+                        float (&s)[Sparse<F, D>::kScores][4], Running<D>& run,
+                        float (&correction)[2]) {
+  using S = Sparse<F, D>;
+  constexpr int kPerPart = S::kPartKeys / 8;
+  float max[2] = {run.max[0], run.max[1]};
+  SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
+    const float key_scale = S::kLowBit ? parts[p].key_scale : 1.0f;
+    const float factor[2] = {row_scale[0] * key_scale, row_scale[1] * key_scale};
+    SLA2_UNROLL for (int m = 0; m < kPerPart; ++m) {
+      float(&x)[4] = s[p * kPerPart + m];
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        x[e] *= factor[e / 2];
+        if constexpr (!S::kLowBit) x[e] += parts[p].log2_weight;
+      }
+    }
+    if (parts[p].valid < S::kPartKeys) {
+      SLA2_UNROLL for (int m = 0; m < kPerPart; ++m) {
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+          const int key = m * 8 + lane_index() % 4 * 2 + e % 2;
+          if (key >= parts[p].valid) s[p * kPerPart + m][e] = -kInfinity;
+        }
+      }
+    }
+  }
+  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) max[e / 2] = max_of(max[e / 2], s[n][e]);
+  }
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+    max[r] = max_of(max[r], shuffle_xor(max[r], 1));
+    max[r] = max_of(max[r], shuffle_xor(max[r], 2));
+    correction[r] = fast_exp2(run.max[r] - max[r]);
+    run.max[r] = max[r];
+  }
+  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = fast_exp2(s[n][e] - max[e / 2]);
+  }
+}
+
+/// All routed keys of the warp's rows. Afterwards run.o is o_s, `lse` the natural log of the sum.
+template <Format F, int D>
+SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run, float (&lse)[2]) {
+  using S = Sparse<F, D>;
+  std::uint32_t fragments[S::kSteps][4];
+  float q_scale[2] = {1, 1};
+  if constexpr (S::kKeepQ) {
+    SLA2_UNROLL for (int step = 0; step < S::kSteps; ++step) {
+      row_fragment(c.q_low, q, D * S::kBytes, step, fragments[step]);
+    }
+  }
+  if constexpr (S::kLowBit) {
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) q_scale[r] = c.q_scale[q.line[r]];
+  }
+  const float unit = (F == Format::kF16 ? 2.0f : 1.0f) * c.scale * kLog2E;  // kF16 holds Ks / 2
+  const float row_scale[2] = {q_scale[0] * unit, q_scale[1] * unit};
+  SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] = 0;
+  }
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+    run.max[r] = kLowest;
+    run.sum[r] = 0;
+  }
+
+  const Routed routed = routed_of(c, q);
+  const int tiles = (routed.count * (c.bk / S::kPartKeys) + S::kParts - 1) / S::kParts;
+  float poison[2] = {};  // 0, or NaN where a scale is
+  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, routed, 0, 0);
+  copy_async_commit();
+  for (int tile = 0; tile < tiles; ++tile) {
+    if constexpr (S::kStages == 1) {
+      block_barrier();
+      load_tile<F, D>(c, q, routed, tile, 0);
+      copy_async_commit();
+    }
+    copy_async_wait<0>();
+    block_barrier();
+    if (S::kStages == 2 && tile + 1 < tiles) {
+      load_tile<F, D>(c, q, routed, tile + 1, (tile + 1) % 2);
+      copy_async_commit();
+    }
+    Part parts[S::kParts];
+    SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
+      parts[p] = part_of<F, D>(c, q, routed, tile * S::kParts + p);
+      poison[0] += parts[p].key_scale - parts[p].key_scale;
+    }
+    const unsigned char* keys = shared_memory<unsigned char>(
+        static_cast<std::size_t>(S::kStages == 2 ? tile % 2 : 0) * S::kStageBytes);
+    const unsigned char* values = keys + S::kPlanes * S::kKeyPlane;
+    float s[S::kScores][4];
+    float correction[2];
+    if constexpr (S::kLowBit) {
+      score_low_bit<F, D>(keys, fragments, s);
+    } else if constexpr (F == Format::kFp32) {
+      score_fp32<D>(c, q, keys, s);
+    } else {
+      score_16<F, D>(c, q, keys, fragments, s);
+    }
+    soften<F, D>(parts, row_scale, s, run, correction);
+    if constexpr (S::kLowBit) {
+      weigh_low_bit<F, D>(values, s, correction, run);
+    } else {
+      weigh_16<F, D>(values, s, correction, run);
+    }
+  }
+
+  poison[1] = poison[0];
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+    if constexpr (S::kLowBit) {
+      poison[r] += q_scale[r] - q_scale[r];
+    } else {
+      run.sum[r] += shuffle_xor(run.sum[r], 1);
+      run.sum[r] += shuffle_xor(run.sum[r], 2);
+    }
+    // No key: o_s = 0, lse = -inf.
+    const float inverse = run.sum[r] == 0 ? 0.0f : 1.0f / run.sum[r];
+    lse[r] = run.max[r] * kLn2 + exact_log(run.sum[r] / S::kLimit) + poison[r];
+    SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+      SLA2_UNROLL for (int e = 0; e < 2; ++e) {
+        float& o = run.o[n][2 * r + e];
+        o = o * inverse + poison[r];
+        if constexpr (S::kLowBit) {
+          const int channel = n * 8 + lane_index() % 4 * 2 + e;
+          o *= channel < c.dv ? c.v_scale[q.key_head * c.dv + channel] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace sla2::SLA2_CUDA_ROOM
