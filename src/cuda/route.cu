@@ -349,6 +349,12 @@ SLA2_KERNEL(kThreads, 2) void route_kernel(Call c) {
     choose(c, scores, blocks, fixed, c.blocks + row * c.L);
     chosen = c.blocks + row * c.L;
   }
+  for (int l = lane_index(); l < c.L && c.given_blocks != nullptr && c.blocks != nullptr; l += 32) {
+    c.blocks[row * c.L + l] = chosen[l];
+  }
+  for (int j = lane_index(); j < c.T && c.given_logits != nullptr && c.logits != nullptr; j += 32) {
+    c.logits[row * c.T + j] = logits[j];
+  }
   if (c.rest.data != nullptr) weigh(c, row, blocks, chosen, logits);
 }
 
