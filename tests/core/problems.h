@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "core/float16.h"
@@ -57,6 +58,8 @@ class Tensor {
 
   [[nodiscard]] View view() { return {data(), dtype_, shape_, strides_}; }
   [[nodiscard]] ConstView const_view() { return as_const(view()); }
+  /// All bytes, sentinels included.
+  [[nodiscard]] std::span<std::byte> storage() { return std::as_writable_bytes(std::span(bytes_)); }
   [[nodiscard]] std::int64_t size() const { return shape_[0] * shape_[1] * shape_[2] * shape_[3]; }
 
   void set(const std::vector<double>& values) {
@@ -106,6 +109,9 @@ class Array {
   explicit Array(std::int64_t size) : size_(size), values_(size + 2 * kGuard, sentinel()) {}
   [[nodiscard]] T* data() { return size_ == 0 ? nullptr : values_.data() + kGuard; }
   [[nodiscard]] const T* data() const { return size_ == 0 ? nullptr : values_.data() + kGuard; }
+  [[nodiscard]] std::span<std::byte> storage() {
+    return std::as_writable_bytes(std::span(values_));
+  }
   [[nodiscard]] std::int64_t size() const { return size_; }
   [[nodiscard]] T& operator[](std::int64_t i) { return data()[i]; }
   [[nodiscard]] std::vector<double> values() const { return {data(), data() + size_}; }
