@@ -55,7 +55,7 @@ SLA2_DEVICE void scores(float (&out)[Sizes<kTerms, D>::kStep / 8][4], Own<kTerms
   SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
     SLA2_UNROLL for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
   }
-  SLA2_UNROLL for (int k = 0; k < D / 16; ++k) {
+  const auto step = [&](int k) {
     const Fragment<kTerms>& a = own.get(k);
     SLA2_UNROLL for (int n = 0; n < S::kStep / 16; ++n) {
       Fragment<kTerms> b;
@@ -63,6 +63,11 @@ SLA2_DEVICE void scores(float (&out)[Sizes<kTerms, D>::kStep / 8][4], Own<kTerms
       multiply_add(out[2 * n], a, b, 0);
       multiply_add(out[2 * n + 1], a, b, 1);
     }
+  };
+  if constexpr (S::kHold) {
+    SLA2_UNROLL for (int k = 0; k < D / 16; ++k) step(k);
+  } else {
+    SLA2_NO_UNROLL for (int k = 0; k < D / 16; ++k) step(k);
   }
 }
 
