@@ -47,17 +47,16 @@ struct Own {
   }
 };
 
-/// out [16, kStep] = own [16, D] times tile [kStep, D] transposed.
-template <int kTerms, int D>
-SLA2_DEVICE void scores(float (&out)[Sizes<kTerms, D>::kStep / 8][4], Own<kTerms, D>& own,
-                        const Bf16* tile) {
+/// out [16, kColumns] = own [16, D] times tile [kColumns, D] transposed.
+template <int kTerms, int D, int kColumns>
+SLA2_DEVICE void scores(float (&out)[kColumns / 8][4], Own<kTerms, D>& own, const Bf16* tile) {
   using S = Sizes<kTerms, D>;
-  SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+  SLA2_UNROLL for (int n = 0; n < kColumns / 8; ++n) {
     SLA2_UNROLL for (int e = 0; e < 4; ++e) out[n][e] = 0.0f;
   }
   const auto step = [&](int k) {
     const Fragment<kTerms>& a = own.get(k);
-    SLA2_UNROLL for (int n = 0; n < S::kStep / 16; ++n) {
+    SLA2_UNROLL for (int n = 0; n < kColumns / 16; ++n) {
       Fragment<kTerms> b;
       load_right(b, tile + n * 16 * S::kPitch + k * 16, S::kPitch, S::kPlane);
       multiply_add(out[2 * n], a, b, 0);
@@ -71,13 +70,12 @@ SLA2_DEVICE void scores(float (&out)[Sizes<kTerms, D>::kStep / 8][4], Own<kTerms
   }
 }
 
-/// acc [16, D] += weights [16, kStep] times tile [kStep, D].
-template <int kTerms, int D>
-SLA2_DEVICE void accumulate(float (&acc)[D / 8][4],
-                            const float (&weights)[Sizes<kTerms, D>::kStep / 8][4],
+/// acc [16, D] += weights [16, kColumns] times tile [kColumns, D].
+template <int kTerms, int D, int kColumns>
+SLA2_DEVICE void accumulate(float (&acc)[D / 8][4], const float (&weights)[kColumns / 8][4],
                             const Bf16* tile) {
   using S = Sizes<kTerms, D>;
-  SLA2_UNROLL for (int k = 0; k < S::kStep / 16; ++k) {
+  SLA2_UNROLL for (int k = 0; k < kColumns / 16; ++k) {
     Fragment<kTerms> a;
     split_left(a, weights[2 * k], weights[2 * k + 1]);
     SLA2_UNROLL for (int n = 0; n < D / 16; ++n) {
@@ -179,8 +177,8 @@ struct QueryTile {
   SLA2_DEVICE void products(const KeyWalk<Sizes<kTerms, D>::kStep>& walk, int stage) {
     using S = Sizes<kTerms, D>;
     const Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
-    scores<kTerms, D>(s, q, tiles);
-    scores<kTerms, D>(d_p, d_o, tiles + S::kMatrix);
+    scores<kTerms, D, S::kStep>(s, q, tiles);
+    scores<kTerms, D, S::kStep>(d_p, d_o, tiles + S::kMatrix);
     const float log_m = walk.logits != nullptr ? log2_weight(walk.logits[walk.j]) : 0.0f;
     const float scale = back.call.scale * kLog2E;
     const int keys = walk.length - walk.first;
@@ -338,7 +336,8 @@ void sparse_queries_kernel(Backward back) {
           u += t.s[n][e];
         }
       }
-      accumulate<kTerms, D>(acc, t.s, shared_memory<Bf16>(static_cast<std::size_t>(stage)));
+      accumulate<kTerms, D, S::kStep>(acc, t.s,
+                                      shared_memory<Bf16>(static_cast<std::size_t>(stage)));
     }
     if (back.u != nullptr && (next.done() || next.j != walk.j)) {
       u = sum_over_warp(u);
@@ -479,25 +478,30 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
     const float factor = sparse_factor(back, b, h, walk.i);
     const float log_m = c.soft ? log2_weight(c.given_logits[block * c.T + j]) : 0.0f;
     const float scale = c.scale * kLog2E;
-    float p[S::kStep / 8][4];
-    scores<kTerms, D>(p, ks, tiles);
-    SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-        const int column = n * 8 + lane_index() % 4 * 2 + e % 2;
-        p[n][e] = factor * probability(p[n][e] * scale + log_m - rows[column]);
-      }
-    }
-    if constexpr (kValues) accumulate<kTerms, D>(d_v, p, tiles + S::kMatrix);
-    if constexpr (kKeys) {
-      float d_p[S::kStep / 8][4];
-      scores<kTerms, D>(d_p, v, tiles + S::kMatrix);
-      SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+    // 16 queries at a time: more would not leave registers for dV and dK.
+    SLA2_NO_UNROLL for (int first = 0; first < S::kStep; first += 16) {
+      const Bf16* q = tiles + first * S::kPitch;
+      const Bf16* d_o = q + S::kMatrix;
+      float p[2][4];
+      scores<kTerms, D, 16>(p, ks, q);
+      SLA2_UNROLL for (int n = 0; n < 2; ++n) {
         SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-          const int column = n * 8 + lane_index() % 4 * 2 + e % 2;
-          p[n][e] = p[n][e] == 0.0f ? 0.0f : p[n][e] * (d_p[n][e] - rows[S::kStep + column]);
+          const int column = first + n * 8 + lane_index() % 4 * 2 + e % 2;
+          p[n][e] = factor * probability(p[n][e] * scale + log_m - rows[column]);
         }
       }
-      accumulate<kTerms, D>(d_k, p, tiles);
+      if constexpr (kValues) accumulate<kTerms, D, 16>(d_v, p, d_o);
+      if constexpr (kKeys) {
+        float d_p[2][4];
+        scores<kTerms, D, 16>(d_p, v, d_o);
+        SLA2_UNROLL for (int n = 0; n < 2; ++n) {
+          SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+            const int column = S::kStep + first + n * 8 + lane_index() % 4 * 2 + e % 2;
+            p[n][e] = p[n][e] == 0.0f ? 0.0f : p[n][e] * (d_p[n][e] - rows[column]);
+          }
+        }
+        accumulate<kTerms, D, 16>(d_k, p, q);
+      }
     }
   });
 

@@ -106,10 +106,9 @@ class DeviceCall {
   /// `given`: route by what the call's blocks or logits hold, and leave them.
   void forward(bool given = false) {
     Inputs in = inputs();
-    Outputs to{mirror_.map(call_.out), mirror_.map(call_.out_sparse), mirror_.map(call_.out_linear),
-               mirror_.map(call_.lse), mirror_.map(call_.k_mean),     routing()};
+    Outputs to = outputs();
     if (given) {
-      in.routing = const_routing();
+      in.routing = saved().routing;
       to.routing = {};
     }
     run(Pass::kForward, [&](const Context& context) {
@@ -119,23 +118,35 @@ class DeviceCall {
   void route() {
     const Inputs in = inputs();
     run(Pass::kRoute, [&](const Context& context) {
-      backend().implementation.route(call_.problem, in, routing(), context);
+      backend().implementation.route(call_.problem, in, outputs().routing, context);
     });
   }
   void backward(bool given = false) {
     Inputs in = inputs();
-    if (given) in.routing = const_routing();
-    const Saved saved{as_const(mirror_.map(call_.out_sparse)),
-                      as_const(mirror_.map(call_.out_linear)), mirror_.map(call_.lse),
-                      mirror_.map(call_.k_mean), const_routing()};
-    const ConstView d_out = as_const(mirror_.map(call_.d_out));
-    const Gradients gradients{mirror_.map(call_.d_q),       mirror_.map(call_.d_k),
-                              mirror_.map(call_.d_v),       mirror_.map(call_.d_alpha_logit),
-                              mirror_.map(call_.d_proj_q),  mirror_.map(call_.d_proj_k),
-                              mirror_.map(call_.d_proj_out)};
+    if (given) in.routing = saved().routing;
     run(Pass::kBackward, [&](const Context& context) {
-      backend().implementation.backward(call_.problem, in, saved, d_out, gradients, context);
+      backend().implementation.backward(call_.problem, in, saved(), d_out(), gradients(), context);
     });
+  }
+
+  [[nodiscard]] Outputs outputs() {
+    return {mirror_.map(call_.out),        mirror_.map(call_.out_sparse),
+            mirror_.map(call_.out_linear), mirror_.map(call_.lse),
+            mirror_.map(call_.k_mean),     {mirror_.map(call_.blocks), mirror_.map(call_.logits)}};
+  }
+  [[nodiscard]] Saved saved() {
+    return {as_const(mirror_.map(call_.out_sparse)),
+            as_const(mirror_.map(call_.out_linear)),
+            mirror_.map(call_.lse),
+            mirror_.map(call_.k_mean),
+            {mirror_.map(call_.blocks), mirror_.map(call_.logits)}};
+  }
+  [[nodiscard]] ConstView d_out() { return as_const(mirror_.map(call_.d_out)); }
+  [[nodiscard]] Gradients gradients() {
+    return {mirror_.map(call_.d_q),       mirror_.map(call_.d_k),
+            mirror_.map(call_.d_v),       mirror_.map(call_.d_alpha_logit),
+            mirror_.map(call_.d_proj_q),  mirror_.map(call_.d_proj_k),
+            mirror_.map(call_.d_proj_out)};
   }
   [[nodiscard]] Mirror& mirror() { return mirror_; }
   [[nodiscard]] Inputs inputs() {
@@ -150,9 +161,6 @@ class DeviceCall {
   }
 
  private:
-  Routing routing() { return {mirror_.map(call_.blocks), mirror_.map(call_.logits)}; }
-  ConstRouting const_routing() { return {mirror_.map(call_.blocks), mirror_.map(call_.logits)}; }
-
   template <typename Body>
   void run(Pass pass, Body body) {
     SerialExecutor serial;
