@@ -1,20 +1,22 @@
-// The operators: schemas, and their CPU kernels. Autograd lives with the callers (Python and
-// libtorch): the stable ABI has none. A CUDA registration is one more STABLE_TORCH_LIBRARY_IMPL of
-// the same functions, with a device guard and the current stream in make_context().
+// The operators: schemas, and their kernels, one set of functions for CPU and CUDA. Autograd lives
+// with the callers (Python and libtorch): the stable ABI has none.
 #include "operators.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "arguments.h"
+#include "cuda_stream.h"
 #include "executor.h"
 #include "packing.h"
 #include "sla2/implementation.h"
@@ -41,23 +43,32 @@ auto translated(const Body& body) {
   }
 }
 
-/// Executor and workspace of one call; torch's allocator owns the workspace.
+/// Executor, device, stream and workspace of one call; torch's allocator owns the workspace.
 struct Run {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;  // before anything asks the device
   TorchExecutor executor;
   Tensor workspace;
   Context context;
 
   Run(const Arguments& arguments, const Tensor& q, Pass pass)
-      : workspace(torch::stable::new_empty(
+      : guard(guard_of(q)),
+        workspace(torch::stable::new_empty(
             q,
             std::vector<std::int64_t>{static_cast<std::int64_t>(
                 workspace_bytes(arguments.problem, pass, executor.num_threads()))},
             torch::headeronly::ScalarType::Byte)),
         context{executor,
                 {static_cast<std::byte*>(workspace.mutable_data_ptr()),
-                 static_cast<std::size_t>(workspace.numel())}} {}
+                 static_cast<std::size_t>(workspace.numel())},
+                q.is_cuda() ? current_cuda_stream(q.get_device_index()) : nullptr} {}
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
+
+ private:
+  static std::optional<torch::stable::accelerator::DeviceGuard> guard_of(const Tensor& q) {
+    if (!q.is_cuda()) return std::nullopt;
+    return torch::stable::accelerator::DeviceGuard(q.get_device_index());
+  }
 };
 
 bool is_soft(const Problem& problem) { return problem.config.routing == RoutingMode::kSoft; }
@@ -247,6 +258,12 @@ STABLE_TORCH_LIBRARY(sla2, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sla2, CPU, m) {
+  m.impl("route", TORCH_BOX(&route_kernel));
+  m.impl("forward", TORCH_BOX(&forward_kernel));
+  m.impl("backward", TORCH_BOX(&backward_kernel));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sla2, CUDA, m) {
   m.impl("route", TORCH_BOX(&route_kernel));
   m.impl("forward", TORCH_BOX(&forward_kernel));
   m.impl("backward", TORCH_BOX(&backward_kernel));

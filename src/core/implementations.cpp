@@ -8,6 +8,7 @@
 
 #include "core/message.h"
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
 #include "reference/implementation.h"
 #include "sla2/implementation.h"
 
@@ -16,10 +17,15 @@ namespace {
 
 // Fastest first; the reference, which takes everything, last.
 constexpr std::array kImplementations = {
+#if defined(SLA2_WITH_CUDA)
+    &cuda::kImplementation,
+#endif
+    // clang-format off
     &cpu::kAvx512,
     &cpu::kAvx2,
     &cpu::kBaseline,
     &reference::kReference,
+    // clang-format on
 };
 
 const char* name_of(Device device) { return device == Device::kCpu ? "cpu" : "cuda"; }

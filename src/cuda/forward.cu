@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "cuda/backward_plan.h"
 #include "cuda/cuda.h"
@@ -50,6 +51,38 @@ void take_forward(Call& call, Arena& arena) {
   take_sla_rows(call, arena);
 }
 
+}  // namespace
+
+std::vector<Stage> forward_stages(const Call& call) {
+  const bool given = call.given_blocks != nullptr || call.given_logits != nullptr;
+  std::vector<Stage> stages{{"reduce", reduce}, {"mean", finish_mean}};
+  if (!given) stages.push_back({"project", project});
+  stages.insert(
+      stages.end(),
+      {{"route", route}, {"keys", prepare_keys}, {"states", sum_states}, {"attend", attend}});
+  if (call.is_sla) stages.push_back({"project_out", project_out});
+  return stages;
+}
+
+Call make_forward(const Problem& problem, const Inputs& inputs, const Outputs& outputs,
+                  std::byte* workspace) {
+  Call call = describe(problem);
+  set_inputs(call, inputs);
+  call.out = rows_of(outputs.out);
+  call.out_sparse = rows_of(outputs.out_sparse);
+  call.out_linear = rows_of(outputs.out_linear);
+  call.lse = outputs.lse;
+  call.k_mean = outputs.k_mean;
+  call.blocks = outputs.routing.blocks;
+  call.logits = outputs.routing.logits;
+  Arena arena(workspace);
+  take_forward(call, arena);
+  if (call.given_blocks != nullptr || call.given_logits != nullptr) call.pooled_q = nullptr;
+  return call;
+}
+
+namespace {
+
 std::size_t workspace_bytes(const Problem& problem, Pass pass, std::int64_t /*num_threads*/) {
   if (pass == Pass::kBackward) return backward_bytes(problem);
   Call call = describe(problem);
@@ -78,29 +111,8 @@ void run_route(const Problem& problem, const Inputs& inputs, const Routing& rout
 
 void run_forward(const Problem& problem, const Inputs& inputs, const Outputs& outputs,
                  const Context& context) {
-  Call call = describe(problem);
-  set_inputs(call, inputs);
-  call.out = rows_of(outputs.out);
-  call.out_sparse = rows_of(outputs.out_sparse);
-  call.out_linear = rows_of(outputs.out_linear);
-  call.lse = outputs.lse;
-  call.k_mean = outputs.k_mean;
-  call.blocks = outputs.routing.blocks;
-  call.logits = outputs.routing.logits;
-  Arena arena(context.workspace.data());
-  take_forward(call, arena);
-
-  void* const stream = context.stream;
-  const bool given = call.given_blocks != nullptr || call.given_logits != nullptr;
-  if (given) call.pooled_q = nullptr;
-  reduce(call, stream);
-  finish_mean(call, stream);
-  if (!given) project(call, stream);
-  route(call, stream);
-  prepare_keys(call, stream);
-  sum_states(call, stream);
-  attend(call, stream);
-  if (call.is_sla) project_out(call, stream);
+  const Call call = make_forward(problem, inputs, outputs, context.workspace.data());
+  for (const Stage& stage : forward_stages(call)) stage.run(call, context.stream);
 }
 
 }  // namespace

@@ -2,6 +2,9 @@
 // Each reads and writes the fields of Call that it names; none waits for the device.
 #pragma once
 
+#include <cstddef>
+#include <vector>
+
 #include "cuda/plan.h"
 
 namespace sla2::SLA2_CUDA_ROOM {
@@ -24,5 +27,15 @@ void sum_states(const Call& call, void* stream);
 void attend(const Call& call, void* stream);
 /// out = o_s + o_l proj_out (method sla).
 void project_out(const Call& call, void* stream);
+
+struct Stage {
+  const char* name;
+  void (*run)(const Call&, void* stream);
+};
+/// The launches of a forward, in order.
+[[nodiscard]] std::vector<Stage> forward_stages(const Call& call);
+/// The call with its workspace carved.
+[[nodiscard]] Call make_forward(const Problem& problem, const Inputs& inputs,
+                                const Outputs& outputs, std::byte* workspace);
 
 }  // namespace sla2::SLA2_CUDA_ROOM
