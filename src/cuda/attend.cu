@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kSlice = 32;                                  // channels of H_i staged together
 constexpr int kSliceStride = kSlice + 8;                    // bf16
+constexpr int kStagingStride = kSlice + 8;                  // floats: no bank conflicts
 constexpr float kTinyDenominator = 5.421010862427522e-20f;  // 2^-64
 
 SLA2_HOST_DEVICE std::size_t slice_bytes(int D, int terms) {
@@ -29,12 +30,10 @@ template <int D>
 SLA2_DEVICE void inverse_denominators(const Call& c, const Queries& q, float (&inverse)[2]) {
   const Bf16* z = c.sums.data + q.block_row * c.S + std::int64_t{c.d} * c.dv;
   float bottom[2] = {};
-  SLA2_UNROLL for (int step = 0; step < D / 8; ++step) {
-    const int channel = step * 8 + lane_index() % 4 * 2;
-    if (channel >= c.d) continue;
+  SLA2_NO_UNROLL for (int channel = lane_index() % 4 * 2; channel < c.d; channel += 8) {
     float weight[2] = {};
     float phi[2][2] = {};
-    for (int term = c.terms - 1; term >= 0; --term) {
+    SLA2_NO_UNROLL for (int term = c.terms - 1; term >= 0; --term) {
       const std::uint32_t word = load_4(z + term * c.sums.plane + channel);
       weight[0] += bits_to_float(word << 16);
       weight[1] += bits_to_float(word & 0xffff0000u);
@@ -109,28 +108,38 @@ SLA2_DEVICE void multiply_slice(const Call& c, const Queries& q,
   }
 }
 
-/// Writes two neighbouring channels of one row.
-SLA2_DEVICE void write_pair(const Call& c, const Queries& q, int r, int channel, float alpha,
-                            bool mixed, const float (&o_s)[2], const float (&o_l)[2]) {
-  if (!q.valid[r] || channel >= c.dv) return;
-  const int row = q.row[r];
-  if (c.out_sparse.data != nullptr) {
-    store_pair(row_of(c.out_sparse, q.b, q.h, row), channel, o_s[0], o_s[1]);
+/// Writes a slice of the warp's 16 rows: value(n, e) is element e of fragment n. Through shared
+/// memory, so that the code is small and neighbouring lanes write neighbouring channels.
+template <typename Value>
+SLA2_DEVICE void write_slice(const Call& c, const Queries& q, const Rows& to, int slice,
+                             float* staging, Value value) {
+  if (to.data == nullptr) return;
+  const int lane = lane_index();
+  float* const own = staging + warp_index() * 16 * kStagingStride;
+  warp_barrier();
+  SLA2_UNROLL for (int n = 0; n < kSlice / 8; ++n) {
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+      store_8(own + (lane / 4 + 8 * r) * kStagingStride + n * 8 + lane % 4 * 2,
+              {{float_to_bits(value(n, 2 * r)), float_to_bits(value(n, 2 * r + 1))}});
+    }
   }
-  if (c.out_linear.data != nullptr) {
-    store_pair(row_of(c.out_linear, q.b, q.h, row), channel, o_l[0], o_l[1]);
+  warp_barrier();
+  const int channel = slice * kSlice + lane % 8 * 4;
+  if (channel >= c.dv) return;
+  SLA2_NO_UNROLL for (int r = lane / 8; r < 16; r += 4) {
+    const int row = q.first + warp_index() * 16 + r;
+    if (row >= q.end) break;
+    const Words4 words = load_16(own + r * kStagingStride + lane % 8 * 4);
+    float x[4];
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) x[e] = bits_to_float(words.x[e]);
+    store_four(row_of(to, q.b, q.h, row), channel, x);
   }
-  if (c.is_sla) {
-    const std::int64_t at = (q.head * c.Nq + row) * c.dv + channel;
-    store_8(c.sparse_rows + at, {{float_to_bits(o_s[0]), float_to_bits(o_s[1])}});
-    store_8(c.linear_rows + at, {{float_to_bits(o_l[0]), float_to_bits(o_l[1])}});
-    return;
-  }
-  float o[2] = {o_s[0], o_s[1]};
-  if (mixed) {
-    SLA2_UNROLL for (int e = 0; e < 2; ++e) o[e] = alpha * o_s[e] + (1 - alpha) * o_l[e];
-  }
-  store_pair(row_of(c.out, q.b, q.h, row), channel, o[0], o[1]);
+}
+
+/// Rows [B, H, Nq, dv] in fp32 of the workspace.
+SLA2_DEVICE Rows workspace_rows(const Call& c, float* data) {
+  const std::int64_t head = std::int64_t{c.Nq} * c.dv;
+  return {data, c.H * head, head, c.dv, DType::kF32, true};
 }
 
 /// Linear branch and mix.
@@ -154,11 +163,14 @@ SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) 
     }
   }
   const int at_once = slices_at_once<F, D>(c.terms);
+  float* staging =
+      shared_memory<float>(static_cast<std::size_t>(at_once) * slice_bytes(D, c.terms));
+  block_barrier();  // the tiles of the sparse branch have been read
   SLA2_UNROLL for (int slice = 0; slice < D / kSlice; ++slice) {
     float acc[kSlice / 8][4] = {};
     if (mixed) {
       if (slice % at_once == 0) {
-        block_barrier();
+        if (slice > 0) block_barrier();
         load_slices<D>(c, q, slice, min_int(at_once, D / kSlice - slice));
         block_barrier();
       }
@@ -167,16 +179,21 @@ SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) 
       multiply_slice<D, kKeep>(c, q, kept, staged, acc);
     }
     SLA2_UNROLL for (int n = 0; n < kSlice / 8; ++n) {
-      SLA2_UNROLL for (int r = 0; r < 2; ++r) {
-        const int channel = slice * kSlice + n * 8 + lane_index() % 4 * 2;
-        const float(&s)[4] = run.o[slice * (kSlice / 8) + n];
-        const float o_s[2] = {s[2 * r], s[2 * r + 1]};
-        float o_l[2] = {0, 0};
-        SLA2_UNROLL for (int e = 0; e < 2; ++e) {
-          if (inverse[r] != 0) o_l[e] = acc[n][2 * r + e] * inverse[r];
-        }
-        write_pair(c, q, r, channel, alpha, mixed, o_s, o_l);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+        acc[n][e] = inverse[e / 2] == 0 ? 0.0f : acc[n][e] * inverse[e / 2];
       }
+    }
+    const auto sparse = [&](int n, int e) { return run.o[slice * (kSlice / 8) + n][e]; };
+    const auto linear = [&](int n, int e) { return acc[n][e]; };
+    write_slice(c, q, c.out_sparse, slice, staging, sparse);
+    write_slice(c, q, c.out_linear, slice, staging, linear);
+    if (c.is_sla) {
+      write_slice(c, q, workspace_rows(c, c.sparse_rows), slice, staging, sparse);
+      write_slice(c, q, workspace_rows(c, c.linear_rows), slice, staging, linear);
+    } else {
+      write_slice(c, q, c.out, slice, staging, [&](int n, int e) {
+        return mixed ? alpha * sparse(n, e) + (1 - alpha) * linear(n, e) : sparse(n, e);
+      });
     }
   }
 }
@@ -223,7 +240,8 @@ void launch_attend(const Call& c, void* stream) {
   const int rows = c.bq < 128 ? c.bq : 128;
   const std::size_t sparse = static_cast<std::size_t>(S::kStages) * S::kStageBytes;
   const std::size_t linear =
-      static_cast<std::size_t>(slices_at_once<F, D>(c.terms)) * slice_bytes(D, c.terms);
+      static_cast<std::size_t>(slices_at_once<F, D>(c.terms)) * slice_bytes(D, c.terms) +
+      static_cast<std::size_t>(rows) * kStagingStride * sizeof(float);
   launch(stream, attend_kernel<F, D>, {std::int64_t{c.B} * c.H * c.M * (c.bq / rows)}, rows * 2,
          sparse < linear ? linear : sparse, c);
 }

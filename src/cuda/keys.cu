@@ -52,25 +52,67 @@ struct KeyBlock {
   std::int64_t low_row;  // first row in k_low and v_low
 };
 
-/// Four neighbours of a row of K, minus the mean; 0 behind the features.
-SLA2_DEVICE void load_smoothed(const Call& c, const Row& row, const float* mean, int channel,
-                               float (&k)[4], float (&ks)[4]) {
-  SLA2_UNROLL for (int e = 0; e < 4; ++e) k[e] = ks[e] = 0;
-  if (channel >= c.d) return;
-  load_some<4>(row, channel, k);
-  SLA2_UNROLL for (int e = 0; e < 4; ++e) ks[e] = k[e] - mean[channel + e];
+/// Rows that a warp loads before it works on the first: their latencies overlap.
+constexpr int kBatch = 2;
+
+template <int D>
+SLA2_HOST_DEVICE constexpr int groups_of() {
+  return (D + 127) / 128;
+}
+
+/// What a lane has of a row of K and of V; 0 behind the features and behind the last key.
+template <int D>
+struct Line {
+  float k[groups_of<D>()][4];
+  float v[4];
+};
+
+/// Channels of v that this lane has of a row, in the block's slice.
+template <int D>
+SLA2_DEVICE bool has_value() {
+  return lane_index() * 4 < Shape<D>::kColumns;
+}
+template <int D>
+SLA2_DEVICE int value_channel(const KeyBlock& at) {
+  return at.slice * Shape<D>::kColumns + lane_index() * 4;
+}
+
+template <int D>
+SLA2_DEVICE void load_line(const Call& c, const KeyBlock& at, int r, bool values, Line<D>& line) {
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) line.v[e] = 0;
+  const bool valid = r < at.rows;
+  const Row row = row_of(c.k, at.b, at.kv, at.first + (valid ? r : 0));
+  SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) line.k[g][e] = 0;
+    if (valid && line_channel(g) < c.d) load_some<4>(row, line_channel(g), line.k[g]);
+  }
+  if (values && valid && has_value<D>() && value_channel<D>(at) < c.dv) {
+    load_some<4>(row_of(c.v, at.b, at.kv, at.first + r), value_channel<D>(at), line.v);
+  }
+}
+
+/// K minus the mean; 0 behind the features and behind the last key.
+SLA2_DEVICE void smooth(const Call& c, bool valid, const float* mean, int channel,
+                        const float (&k)[4], float (&ks)[4]) {
+  const bool inside = valid && channel < c.d;
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) ks[e] = inside ? k[e] - mean[channel + e] : 0.0f;
 }
 
 /// The factor of the block's integers; writes k_scale.
 template <int D>
 SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, const float* mean, float* red) {
   float amax = 0;
-  for (int r = warp_index(); r < at.rows; r += kWarps) {
-    const Row row = row_of(c.k, at.b, at.kv, at.first + r);
-    SLA2_UNROLL for (int group = 0; group < (D + 127) / 128; ++group) {
-      float k[4], ks[4];
-      load_smoothed(c, row, mean, line_channel(group), k, ks);
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) amax = larger_or_nan(amax, abs_of(ks[e]));
+  for (int first = warp_index(); first < at.rows; first += kBatch * kWarps) {
+    Line<D> lines[kBatch];
+    SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
+      load_line<D>(c, at, first + i * kWarps, false, lines[i]);
+    }
+    SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
+      SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
+        float ks[4];
+        smooth(c, first + i * kWarps < at.rows, mean, line_channel(g), lines[i].k[g], ks);
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) amax = larger_or_nan(amax, abs_of(ks[e]));
+      }
     }
   }
   amax = amax_over_warp(amax);
@@ -87,18 +129,14 @@ SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, const float* m
 /// One row of K: k_low and phi.
 template <int D>
 SLA2_DEVICE void stage_key(const Call& c, const KeyBlock& at, int r, float factor,
-                           const float* mean, Bf16* phi, std::int64_t plane) {
-  constexpr int kGroups = (D + 127) / 128;
+                           const float* mean, Line<D>& line, Bf16* phi, int plane) {
   const bool valid = r < at.rows;
-  const Row row = row_of(c.k, at.b, at.kv, at.first + (valid ? r : 0));
-  float keys[kGroups][4];
-  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
+  SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
     const int channel = line_channel(g);
-    float ks[4] = {};
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) keys[g][e] = 0;
-    if (valid) load_smoothed(c, row, mean, channel, keys[g], ks);
+    float ks[4];
+    smooth(c, valid, mean, channel, line.k[g], ks);
     if (!c.raw_keys) {
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) keys[g][e] = ks[e];
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) line.k[g][e] = ks[e];
     }
     if (c.k_low == nullptr || at.slice != 0 || channel >= D) continue;
     const std::int64_t to = (at.low_row + r) * D + channel;
@@ -109,35 +147,23 @@ SLA2_DEVICE void stage_key(const Call& c, const KeyBlock& at, int r, float facto
     }
   }
   if (c.h.data == nullptr) return;
-  apply_phi(c, valid, keys);
-  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-    if (line_channel(g) < D) store_line_terms(phi + line_channel(g), plane, c.terms, keys[g]);
+  apply_phi(c, valid, line.k);
+  SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
+    if (line_channel(g) < D) store_line_terms(phi + line_channel(g), plane, c.terms, line.k[g]);
   }
 }
 
-/// One row of V: v_low (8 bits: into `bytes`) and the term planes.
+/// One row of V: v_low (8 bits: into `bytes`) and the term planes. factor: of the lane's channels.
 template <int D>
-SLA2_DEVICE void stage_value(const Call& c, const KeyBlock& at, int r, Bf16* value,
-                             std::int64_t plane, std::uint8_t* bytes) {
-  using S = Shape<D>;
+SLA2_DEVICE void stage_value(const Call& c, const KeyBlock& at, int r, const float (&factor)[4],
+                             float (&v)[4], Bf16* value, int plane, std::uint8_t* bytes) {
+  if (!has_value<D>()) return;
   const int local = lane_index() * 4;
-  if (local >= S::kColumns) return;
-  const int channel = at.slice * S::kColumns + local;
-  float v[4] = {};
-  if (r < at.rows && channel < c.dv) {
-    load_some<4>(row_of(c.v, at.b, at.kv, at.first + r), channel, v);
-  }
-  if (c.h.data != nullptr) {
-    store_line_terms(value + local, plane, c.terms, v);
-  }
+  if (c.h.data != nullptr) store_line_terms(value + local, plane, c.terms, v);
   if (c.v_low == nullptr) return;
   if (!is_low_bit(c)) {
-    store_line(c.format, c.v_low, c.v_plane, (at.low_row + r) * D + channel, v, 1.0f);
+    store_line(c.format, c.v_low, c.v_plane, (at.low_row + r) * D + value_channel<D>(at), v, 1.0f);
     return;
-  }
-  float factor[4] = {};
-  if (channel < c.dv) {
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) factor[e] = c.v_factor[at.head * c.dv + channel + e];
   }
   std::uint32_t word;
   if (c.format == Format::kFp8) {
@@ -153,9 +179,8 @@ SLA2_DEVICE void stage_value(const Call& c, const KeyBlock& at, int r, Bf16* val
 /// acc += phi^T V over the staged rows, one temporary a product: rounded to nearest between them,
 /// which tensor cores are not within.
 template <int D>
-SLA2_DEVICE void multiply(int terms, int rows, const Bf16* phi, std::int64_t phi_plane,
-                          const Bf16* value, std::int64_t value_plane,
-                          float (&acc)[Shape<D>::kTilesM][Shape<D>::kTilesN][4]) {
+SLA2_DEVICE void multiply(int terms, int rows, const Bf16* phi, int phi_plane, const Bf16* value,
+                          int value_plane, float (&acc)[Shape<D>::kTilesM][Shape<D>::kTilesN][4]) {
   using S = Shape<D>;
   const int lane = lane_index();
   const int m0 = warp_index() / S::kWarpsN * S::kTilesM * 16;
@@ -236,7 +261,7 @@ SLA2_DEVICE void store_transposed(const Call& c, const KeyBlock& at, const std::
 }
 
 template <int D>
-SLA2_KERNEL(kThreads, D == 64 ? 2 : 1)
+SLA2_KERNEL(kThreads, D <= 128 ? 2 : 1)
 void keys_kernel(Call c) {
   using S = Shape<D>;
   KeyBlock at;
@@ -263,24 +288,39 @@ void keys_kernel(Call c) {
     factor = block_factor<D>(c, at, mean, shared_memory<float>(layout.red));
   }
 
+  float v_factor[4] = {};
+  if (c.v_low != nullptr && is_low_bit(c) && has_value<D>() && value_channel<D>(at) < c.dv) {
+    const float* from = c.v_factor + at.head * c.dv + value_channel<D>(at);
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) v_factor[e] = from[e];
+  }
+
   const int step = min_int(step_rows(c.terms), c.bk);
-  const std::int64_t phi_plane = step * S::kPhiStride;
-  const std::int64_t value_plane = step * S::kValueStride;
+  static_assert(kBatch * kWarps == 16);  // every step is a multiple of it
+  const int phi_plane = step * S::kPhiStride;
+  const int value_plane = step * S::kValueStride;
   float acc[S::kTilesM][S::kTilesN][4] = {};
   float z = 0;
   for (int first = 0; first < c.bk; first += step) {
-    for (int r = warp_index(); r < step; r += kWarps) {
-      stage_key<D>(c, at, first + r, factor, mean, phi + r * S::kPhiStride, phi_plane);
-      stage_value<D>(c, at, first + r, value + r * S::kValueStride, value_plane,
-                     bytes + (first + r) * S::kByteStride);
+    for (int r0 = warp_index(); r0 < step; r0 += kBatch * kWarps) {
+      Line<D> lines[kBatch];
+      SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
+        load_line<D>(c, at, first + r0 + i * kWarps, true, lines[i]);
+      }
+      SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
+        const int r = r0 + i * kWarps;
+        stage_key<D>(c, at, first + r, factor, mean, lines[i], phi + r * S::kPhiStride, phi_plane);
+        stage_value<D>(c, at, first + r, v_factor, lines[i].v, value + r * S::kValueStride,
+                       value_plane, bytes + (first + r) * S::kByteStride);
+      }
     }
     block_barrier();
     if (c.h.data != nullptr) {
       multiply<D>(c.terms, step, phi, phi_plane, value, value_plane, acc);
       if (at.slice == 0 && thread_index() < c.d) {
-        for (int r = 0; r < step; ++r) {
-          for (int term = 0; term < c.terms; ++term) {
-            z += to_float(phi[term * phi_plane + r * S::kPhiStride + thread_index()]);
+        for (int term = 0; term < c.terms; ++term) {
+          const Bf16* column = phi + term * phi_plane + thread_index();
+          for (int r0 = 0; r0 < step; r0 += 8) {
+            SLA2_UNROLL for (int r = r0; r < r0 + 8; ++r) z += to_float(column[r * S::kPhiStride]);
           }
         }
       }

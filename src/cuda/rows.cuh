@@ -111,6 +111,22 @@ SLA2_DEVICE void store_pair(const Row& row, int c, float x0, float x1) {
   }
 }
 
+/// Writes x to the row from c on, a multiple of 4.
+SLA2_DEVICE void store_four(const Row& row, int c, const float (&x)[4]) {
+  void* const data = const_cast<void*>(row.data);
+  const std::int64_t at = row.at + c;
+  if (!row.vectors) {
+    store_pair(row, c, x[0], x[1]);
+    store_pair(row, c + 2, x[2], x[3]);
+  } else if (row.dtype == DType::kF32) {
+    store_16(static_cast<float*>(data) + at, {{float_to_bits(x[0]), float_to_bits(x[1]),
+                                               float_to_bits(x[2]), float_to_bits(x[3])}});
+  } else {
+    store_8(static_cast<std::uint16_t*>(data) + at,
+            {{pack_16(row.dtype, x[0], x[1]), pack_16(row.dtype, x[2], x[3])}});
+  }
+}
+
 /// Splits off the next bf16 term of both numbers; they keep the remainder.
 SLA2_DEVICE std::uint32_t next_term(float& low, float& high) {
   const std::uint32_t word = pack_bf16(low, high);

@@ -73,11 +73,14 @@ struct Routed {
   const std::int32_t* list;  // null: every block (soft)
   const float* logits;       // null: hard
   int count;
+  int part_bits;  // log2 of the parts of a block
 };
-SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q) {
+/// part_keys: a power of two, as c.bk is.
+SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q, int part_keys) {
+  const int part_bits = count_bits(static_cast<std::uint32_t>(c.bk / part_keys - 1));
   if (c.soft) {
     const float* logits = c.given_logits != nullptr ? c.given_logits : c.logits;
-    return {nullptr, logits + q.block_row * c.T, q.blocks};
+    return {nullptr, logits + q.block_row * c.T, q.blocks, part_bits};
   }
   const std::int32_t* list =
       (c.given_blocks != nullptr ? c.given_blocks : c.blocks) + q.block_row * c.L;
@@ -86,15 +89,15 @@ SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q) {
     const int l = first + lane_index();
     count += count_bits(ballot(l < c.L && list[l] >= 0));
   }
-  return {list, nullptr, count};
+  return {list, nullptr, count, part_bits};
 }
 
 template <Format F, int D>
 SLA2_DEVICE Part part_of(const Call& c, const Queries& q, const Routed& routed, int index) {
   using S = Sparse<F, D>;
-  const int parts = c.bk / S::kPartKeys;  // of a block
-  const int at = index / parts;
-  Part part{-1, index % parts * S::kPartKeys, 0, 0.0f, 0.0f};
+  const int at = index >> routed.part_bits;
+  const int first = (index & ((1 << routed.part_bits) - 1)) * S::kPartKeys;
+  Part part{-1, first, 0, 0.0f, 0.0f};
   if (at >= routed.count) return part;
   const int block = routed.list == nullptr ? at : routed.list[at];
   if (block < 0 || block >= q.blocks) return part;  // a given table is not trusted
@@ -111,10 +114,10 @@ SLA2_DEVICE Part part_of(const Call& c, const Queries& q, const Routed& routed, 
   return part;
 }
 
-/// Starts the copies of one tile.
+/// Starts the copies of one tile; tells its parts.
 template <Format F, int D>
 SLA2_DEVICE void load_tile(const Call& c, const Queries& q, const Routed& routed, int tile,
-                           int stage) {
+                           int stage, Part (&parts)[Sparse<F, D>::kParts]) {
   using S = Sparse<F, D>;
   unsigned char* keys =
       shared_memory<unsigned char>(static_cast<std::size_t>(stage) * S::kStageBytes);
@@ -122,7 +125,7 @@ SLA2_DEVICE void load_tile(const Call& c, const Queries& q, const Routed& routed
   const auto* k_low = static_cast<const unsigned char*>(c.k_low);
   const auto* v_low = static_cast<const unsigned char*>(c.v_low);
   SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
-    const Part part = part_of<F, D>(c, q, routed, tile * S::kParts + p);
+    const Part& part = parts[p] = part_of<F, D>(c, q, routed, tile * S::kParts + p);
     const bool valid = part.block >= 0;
     const std::int64_t row =
         valid ? (q.key_head * c.T + part.block) * c.bk + part.offset : std::int64_t{0};
@@ -434,26 +437,27 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     run.sum[r] = 0;
   }
 
-  const Routed routed = routed_of(c, q);
-  const int tiles = (routed.count * (c.bk / S::kPartKeys) + S::kParts - 1) / S::kParts;
+  const Routed routed = routed_of(c, q, S::kPartKeys);
+  const int tiles = ((routed.count << routed.part_bits) + S::kParts - 1) / S::kParts;
   float poison[2] = {};  // 0, or NaN where a scale is
-  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, routed, 0, 0);
+  Part next[S::kParts];
+  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, routed, 0, 0, next);
   copy_async_commit();
   for (int tile = 0; tile < tiles; ++tile) {
     if constexpr (S::kStages == 1) {
       block_barrier();
-      load_tile<F, D>(c, q, routed, tile, 0);
+      load_tile<F, D>(c, q, routed, tile, 0, next);
       copy_async_commit();
     }
     copy_async_wait<0>();
     block_barrier();
+    Part parts[S::kParts];
+    SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) parts[p] = next[p];
     if (S::kStages == 2 && tile + 1 < tiles) {
-      load_tile<F, D>(c, q, routed, tile + 1, (tile + 1) % 2);
+      load_tile<F, D>(c, q, routed, tile + 1, (tile + 1) % 2, next);
       copy_async_commit();
     }
-    Part parts[S::kParts];
     SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
-      parts[p] = part_of<F, D>(c, q, routed, tile * S::kParts + p);
       poison[0] += parts[p].key_scale - parts[p].key_scale;
     }
     const unsigned char* keys = shared_memory<unsigned char>(
@@ -491,11 +495,15 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
       SLA2_UNROLL for (int e = 0; e < 2; ++e) {
         float& o = run.o[n][2 * r + e];
         o = o * inverse + poison[r];
-        if constexpr (S::kLowBit) {
-          const int channel = n * 8 + lane_index() % 4 * 2 + e;
-          o *= channel < c.dv ? c.v_scale[q.key_head * c.dv + channel] : 0.0f;
-        }
       }
+    }
+  }
+  if constexpr (S::kLowBit) {
+    const float* scales = c.v_scale + q.key_head * c.dv + lane_index() % 4 * 2;
+    SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+      Words2 scale{};
+      if (n * 8 < c.dv) scale = load_8(scales + n * 8);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] *= bits_to_float(scale.x[e % 2]);
     }
   }
 }
