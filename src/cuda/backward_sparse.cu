@@ -238,7 +238,8 @@ SLA2_DEVICE void recompute(QueryTile<kTerms, D>& t, const KeyWalk<Sizes<kTerms, 
   if (t.active) {
     SLA2_UNROLL for (int half = 0; half < 2; ++half) {
       const float all = quad_sum(sum[half]);
-      t.delta[half] = quad_sum(weighted[half]) / all;
+      const float mean = quad_sum(weighted[half]) / all;
+      t.delta[half] = all == 0.0f ? 0.0f : mean;  // no key: no gradient
       const std::int64_t row = t.row + lane_index() / 4 + half * 8;
       const std::int64_t n = row - t.head * c.M * c.bq;
       if (n >= c.Nq) {

@@ -1,11 +1,12 @@
 // Warp-wide matrix loads and products, in the fragment layouts of PTX: lane 4g + t holds row g.
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/device.cuh"
 
@@ -56,6 +57,31 @@ struct Product {
   std::uint32_t b[2];
 };
 
+/// c plus kCount products as tensor cores add them: aligned to the largest one's exponent, what is
+/// more than kBits bits under its leading one cut off, and so is what fp32 does not hold of the
+/// sum.
+template <int kCount, int kBits>
+float sum_truncated(float c, const float* products) {
+  static_assert(kBits < 31 && kCount < 1 << (30 - kBits));
+  float largest = std::fabs(c);
+  for (int k = 0; k < kCount; ++k) largest = std::max(largest, std::fabs(products[k]));
+  const int exponent = static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23) - 127;
+  // Beyond these the scale itself were no float; NaN may hide behind a number in `largest`.
+  float plain = c;
+  for (int k = 0; k < kCount; ++k) plain += products[k];
+  if (exponent < -100 || exponent > 120 || std::isnan(plain)) return plain;
+  const auto power = [](int e) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(e + 127) << 23);
+  };
+  const float to_units = power(kBits - exponent);
+  auto units = static_cast<std::int32_t>(c * to_units);
+  for (int k = 0; k < kCount; ++k) units += static_cast<std::int32_t>(products[k] * to_units);
+  const int spare = std::max(
+      0, static_cast<int>(std::bit_width(static_cast<std::uint32_t>(std::abs(units)))) - 24);
+  const std::int32_t kept = units < 0 ? -(-units >> spare << spare) : units >> spare << spare;
+  return static_cast<float>(kept) * power(exponent - kBits);
+}
+
 /// c [16, 8] += a [16, K] b [K, 8]; `a_value(word, k)` reads the k-th number in a 32-bit word.
 template <typename Sum, int kPerWord, typename ReadA, typename ReadB>
 void multiply(void* const* operands, ReadA read_a, ReadB read_b) {
@@ -76,19 +102,22 @@ void multiply(void* const* operands, ReadA read_a, ReadB read_b) {
       }
     }
   }
-  Sum c[16][8] = {};
-  for (int r = 0; r < 16; ++r) {
-    for (int k = 0; k < kDepth; ++k) {
-      for (int n = 0; n < 8; ++n) c[r][n] += a[r][k] * b[k][n];
-    }
-  }
   for (int lane = 0; lane < 32; ++lane) {
     Sum* out = static_cast<const Product<Sum>*>(operands[lane])->c;
     const int g = lane / 4;
     const int t = lane % 4 * 2;
-    for (int k = 0; k < 2; ++k) {
-      out[k] += c[g][t + k];
-      out[2 + k] += c[g + 8][t + k];
+    for (int e = 0; e < 4; ++e) {
+      Sum products[kDepth];
+      for (int k = 0; k < kDepth; ++k) products[k] = a[g + e / 2 * 8][k] * b[k][t + e % 2];
+      if constexpr (std::is_integral_v<Sum>) {
+        for (const Sum x : products) out[e] += x;
+      } else {
+        // 8 numbers of 16 bits at a time as on sm_80 (later GPUs round less often), 8 bits at once.
+        constexpr int kAtOnce = kPerWord == 2 ? 8 : kDepth;
+        for (int k = 0; k < kDepth; k += kAtOnce) {
+          out[e] = sum_truncated < kAtOnce, kPerWord == 2 ? 24 : 13 > (out[e], products + k);
+        }
+      }
     }
   }
 }

@@ -13,15 +13,21 @@ struct Fragment {
   std::uint32_t x[kTerms][4];
 };
 
-/// c [16, 8] += a b, b's columns [8 * half, 8 * half + 8). The smallest products come first.
+/// c [16, 8] += a b, b's columns [8 * half, 8 * half + 8). The smallest products come first. Tensor
+/// cores cut their sums off; with three terms c is added to in fp32, or it would show.
 template <int kTerms>
 SLA2_DEVICE void multiply_add(float (&c)[4], const Fragment<kTerms>& a, const Fragment<kTerms>& b,
                               int half) {
+  float own[4] = {};
+  float(&sum)[4] = kTerms == 3 ? own : c;
   SLA2_UNROLL for (int order = kTerms - 1; order >= 0; --order) {
     SLA2_UNROLL for (int i = 0; i <= order; ++i) {
       const int j = order - i;
-      mma_bf16(c, a.x[i], b.x[j][2 * half], b.x[j][2 * half + 1]);
+      mma_bf16(sum, a.x[i], b.x[j][2 * half], b.x[j][2 * half + 1]);
     }
+  }
+  if constexpr (kTerms == 3) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) c[e] += own[e];
   }
 }
 

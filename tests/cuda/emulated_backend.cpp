@@ -5,6 +5,8 @@
 #include "cuda/backend.h"
 #include "cuda/cuda.h"
 #include "cuda/device.cuh"
+#include "cuda/integers.h"
+#include "cuda/stages.h"
 
 namespace sla2::test {
 namespace {
@@ -50,6 +52,11 @@ std::int64_t bank_conflicts_since() {
   const std::int64_t since = now - before;
   before = now;
   return since;
+}
+
+IntegersAt integers_at(const Problem& problem, std::byte* workspace) {
+  const auto c = emulated::make_forward(problem, {}, {}, workspace);
+  return {c.D, c.q_low, c.q_scale, c.k_low, c.k_scale, c.v_low, c.v_scale};
 }
 
 }  // namespace sla2::test

@@ -294,6 +294,62 @@ TEST(CudaProperty, OutputsThatAreNotWantedMayBeMissing) {
   }
 }
 
+TEST(CudaProperty, MissingParametersAreIdentityAndZeros) {
+  SLA2_SKIP_WITHOUT_MACHINE();
+  for (const RoutingMode mode : kModes) {
+    for (const Method method : {Method::kSla2, Method::kSla}) {
+      Problem p = problem_of(mode);
+      p.config.method = method;
+      Call whole(p, 37);
+      Call call(p, 37);
+      call.proj_q = call.proj_k = call.alpha_logit = call.proj_out = {};
+      for (std::vector<float>* x : {&whole.proj_q, &whole.proj_k}) {
+        for (std::size_t i = 0; i < x->size(); ++i) {
+          (*x)[i] = i % static_cast<std::size_t>(p.head_dim + 1) == 0 ? 1.0F : 0.0F;
+        }
+      }
+      for (std::vector<float>* x : {&whole.alpha_logit, &whole.proj_out}) {
+        std::fill(x->begin(), x->end(), 0.0F);
+      }
+      run_both(whole);
+      run_both(call);
+      EXPECT_EQ(everything(call), everything(whole));
+    }
+  }
+}
+
+TEST(CudaProperty, AQueryBlockWithoutKeysHasALinearBranchAlone) {
+  SLA2_SKIP_WITHOUT_MACHINE();
+  for (const RoutingMode mode : kModes) {
+    for (const BackwardMode backward : {BackwardMode::kPaper, BackwardMode::kMatched}) {
+      Problem p = problem_of(mode);
+      p.config.backward = backward;
+      Call call(p, 41);
+      const std::int64_t rows = p.num_heads * num_q_blocks(p);  // of blocks; row 1 routes nothing
+      const std::int64_t L = call.blocks.size() / rows;
+      for (std::int64_t i = 0; i < call.blocks.size(); ++i) {
+        call.blocks[i] = i / L == 1 ? -1 : static_cast<std::int32_t>(i % L);
+      }
+      const std::int64_t T = call.logits.size() / rows;
+      for (std::int64_t i = 0; i < call.logits.size(); ++i) {
+        call.logits[i] =
+            i / T == 1 ? -std::numeric_limits<float>::infinity() : static_cast<float>(i % 5) - 2;
+      }
+      DeviceCall on_device(call);
+      on_device.forward(true);
+      on_device.backward(true);
+      const std::vector<double> sparse = call.out_sparse.values();
+      const std::int64_t block = p.config.block_q * p.value_dim;
+      for (std::int64_t at = block; at < 2 * block; ++at) ASSERT_EQ(sparse[at], 0);
+      EXPECT_EQ(call.lse[p.config.block_q], -std::numeric_limits<float>::infinity());
+      for (const auto& x : {call.out.values(), call.out_linear.values(), call.d_q.values(),
+                            call.d_k.values(), call.d_v.values(), call.d_alpha_logit.values()}) {
+        for (const double value : x) ASSERT_TRUE(std::isfinite(value));
+      }
+    }
+  }
+}
+
 TEST(CudaProperty, NamesTheGpuThatCannotDoFp8) {
   SLA2_SKIP_WITHOUT_MACHINE();
   Problem p = problem_of(RoutingMode::kHard);
