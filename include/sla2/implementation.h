@@ -10,10 +10,20 @@
 
 namespace sla2 {
 
+/// The device behind an implementation whose pointers are not host memory, for the self-test.
+struct Machine {
+  std::string (*name)();
+  std::string (*driver)();
+  void* (*allocate)(std::size_t bytes);
+  void (*release)(void* block);
+  void (*upload)(void* to, const void* from, std::size_t bytes);
+  void (*download)(void* to, const void* from, std::size_t bytes);  // after what was launched
+};
+
 /// One way to compute the operator. core validates before it calls: views fit the problem, the
 /// workspace is large enough.
 struct Implementation {
-  const char* name;  // "cpu_avx512", "cpu_avx2", "cpu_baseline", "reference"
+  const char* name;  // "cpu_avx512", "cpu_avx2", "cpu_baseline", "cuda", "reference"
   Device device;
   /// Empty if this machine and this code can run `pass` of `problem`, else the reason.
   std::string (*refusal)(const Problem& problem, Pass pass);
@@ -22,6 +32,7 @@ struct Implementation {
   void (*forward)(const Problem&, const Inputs&, const Outputs&, const Context&);
   void (*backward)(const Problem&, const Inputs&, const Saved&, ConstView d_out, const Gradients&,
                    const Context&);
+  const Machine* machine = nullptr;  // null: host memory
 };
 
 /// Fastest first, the reference last.

@@ -7,4 +7,5 @@
 #include "sla2/executor.h"
 #include "sla2/implementation.h"
 #include "sla2/problem.h"
+#include "sla2/self_test.h"
 #include "sla2/tensor.h"

@@ -74,8 +74,19 @@ SLA2_DEVICE void row_product(float (&acc)[D / 8][4], const Terms& left, std::int
   copy_async_wait<0>();
 }
 
+/// Two neighbours; `at` is even.
+template <int kTerms>
+SLA2_DEVICE void load_pair(const Terms& from, std::int64_t at, float& low, float& high) {
+  low = high = 0.0f;
+  SLA2_UNROLL for (int p = kTerms - 1; p >= 0; --p) {
+    const std::uint32_t word = load_4(from.data + p * from.plane + at);
+    low += bits_to_float(word << 16);
+    high += bits_to_float(word & 0xffff0000u);
+  }
+}
+
 /// In place: gradient of phi to gradient of x, for the rows g and g + 8 of a warp.
-template <int D>
+template <int kTerms, int D>
 SLA2_DEVICE void through_phi(float (&acc)[D / 8][4], const Terms& phi, std::int64_t at,
                              FeatureMap map) {
   const std::int64_t first =
@@ -85,23 +96,24 @@ SLA2_DEVICE void through_phi(float (&acc)[D / 8][4], const Terms& phi, std::int6
     float mean = 0.0f;
     if (map == FeatureMap::kSoftmax) {
       SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
-        SLA2_UNROLL for (int e = 0; e < 2; ++e) {
-          mean += load_term_sum(phi, row + n * 8 + e) * acc[n][2 * half + e];
-        }
+        float p[2];
+        load_pair<kTerms>(phi, row + n * 8, p[0], p[1]);
+        mean += p[0] * acc[n][2 * half] + p[1] * acc[n][2 * half + 1];
       }
       mean += shuffle_xor(mean, 1);
       mean += shuffle_xor(mean, 2);
     }
     SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+      float p[2];
+      load_pair<kTerms>(phi, row + n * 8, p[0], p[1]);
       SLA2_UNROLL for (int e = 0; e < 2; ++e) {
-        const float p = load_term_sum(phi, row + n * 8 + e);
         float& d = acc[n][2 * half + e];
         if (map == FeatureMap::kSoftmax) {
-          d = p * (d - mean);
+          d = p[e] * (d - mean);
         } else if (map == FeatureMap::kElu) {
-          d = min_of(p, 1.0f) * d;
+          d = min_of(p[e], 1.0f) * d;
         } else {
-          d = p > 0.0f ? d : 0.0f;
+          d = p[e] > 0.0f ? d : 0.0f;
         }
       }
     }
@@ -122,17 +134,22 @@ template <int kTerms, int D>
 SLA2_DEVICE void scale_row(const Backward& back, std::int64_t row, std::int64_t z_at, float factor,
                            float& weight, float& d_bottom) {
   float bottom = 0.0f;
-  for (int a = lane_index(); a < D; a += 32) {
-    bottom += load_term_sum(back.phi_q, row * D + a) * load_term_sum(back.sums, z_at + a);
+  float x[2];
+  SLA2_UNROLL for (int a = 0; a < D; a += 64) {
+    float z[2];
+    load_pair<kTerms>(back.phi_q, row * D + a + 2 * lane_index(), x[0], x[1]);
+    load_pair<kTerms>(back.sums, z_at + a + 2 * lane_index(), z[0], z[1]);
+    bottom += x[0] * z[0] + x[1] * z[1];
   }
   bottom = sum_over_warp(bottom);
   // Under 2^-64 the branch gives nothing, and no gradient.
   weight = factor == 0.0f || bottom < 0x1p-64f ? 0.0f : factor / bottom;
   d_bottom = weight == 0.0f ? 0.0f : -weight * back.delta_linear[row];
-  for (int c = 2 * lane_index(); c < D; c += 64) {
-    const float x = weight == 0.0f ? 0.0f : weight * load_term_sum(back.d_l, row * D + c);
-    const float y = weight == 0.0f ? 0.0f : weight * load_term_sum(back.d_l, row * D + c + 1);
-    store_terms<kTerms>(back.d_top, row * D + c, x, y);
+  SLA2_UNROLL for (int c = 0; c < D; c += 64) {
+    const std::int64_t at = row * D + c + 2 * lane_index();
+    load_pair<kTerms>(back.d_l, at, x[0], x[1]);
+    SLA2_UNROLL for (int e = 0; e < 2; ++e) x[e] = weight == 0.0f ? 0.0f : weight * x[e];
+    store_terms<kTerms>(back.d_top, at, x[0], x[1]);
   }
 }
 
@@ -166,16 +183,23 @@ void linear_queries_kernel(Backward back) {
   row_product<kTerms, D, true>(acc, back.d_l, row * D, back.sums, state, active);
   if (!active) return;
 
+  float row_weights[2];
+  float row_bottoms[2];
+  SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+    const int r = warp_index() * 16 + lane_index() / 4 + half * 8;
+    row_weights[half] = weights[r];
+    row_bottoms[half] = bottoms[r];
+  }
   SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+    float z[2];
+    load_pair<kTerms>(back.sums, state + D * D + n * 8 + lane_index() % 4 * 2, z[0], z[1]);
     SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-      const int r = warp_index() * 16 + lane_index() / 4 + e / 2 * 8;
-      const int a = n * 8 + lane_index() % 4 * 2 + e % 2;
-      const float z = load_term_sum(back.sums, state + D * D + a);
       // A row without weight stays 0 even where its state is not finite.
-      acc[n][e] = weights[r] == 0.0f ? 0.0f : weights[r] * acc[n][e] + bottoms[r] * z;
+      const float weight = row_weights[e / 2];
+      acc[n][e] = weight == 0.0f ? 0.0f : weight * acc[n][e] + row_bottoms[e / 2] * z[e % 2];
     }
   }
-  through_phi<D>(acc, back.phi_q, row * D, c.feature_map);
+  through_phi<kTerms, D>(acc, back.phi_q, row * D, c.feature_map);
   store_acc<D>(acc, back.d_q_linear, row * D);
 }
 
@@ -197,12 +221,11 @@ void linear_keys_kernel(Backward back) {
   float* parts = shared_memory<float>(0);  // [4, D]
   if (active) {
     SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-        const int a = n * 8 + lane_index() % 4 * 2 + e % 2;
-        acc[n][e] += load_term_sum(back.d_h, state + D * D + a);
-      }
+      float z[2];
+      load_pair<kTerms>(back.d_h, state + D * D + n * 8 + lane_index() % 4 * 2, z[0], z[1]);
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[n][e] += z[e % 2];
     }
-    through_phi<D>(acc, back.phi_k, row * D, c.feature_map);
+    through_phi<kTerms, D>(acc, back.phi_k, row * D, c.feature_map);
     store_acc<D>(acc, back.d_keys, row * D);
   }
   // Rows behind the last key have phi = 0, hence no gradient (softmax, relu; elu: min(phi, 1)).

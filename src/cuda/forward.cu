@@ -6,6 +6,7 @@
 
 #include "cuda/backward_plan.h"
 #include "cuda/cuda.h"
+#include "cuda/machine.h"
 #include "cuda/stages.h"
 
 namespace sla2::SLA2_CUDA_ROOM {
@@ -123,6 +124,6 @@ const Implementation kImplementation = {
 #else
     "cuda",
 #endif
-    Device::kCuda, refusal, workspace_bytes, run_route, run_forward, run_backward};
+    Device::kCuda, refusal, workspace_bytes, run_route, run_forward, run_backward, &kMachine};
 
 }  // namespace sla2::SLA2_CUDA_ROOM

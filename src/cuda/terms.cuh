@@ -93,11 +93,6 @@ SLA2_DEVICE void store_terms(const Terms& to, std::int64_t at, float low, float 
 SLA2_DEVICE void store_terms(const Terms& to, std::int64_t at, float low, float high) {
   for (int p = 0; p < to.count; ++p) store_4(to.data + p * to.plane + at, next_term(low, high));
 }
-SLA2_DEVICE float load_term_sum(const Terms& from, std::int64_t at) {
-  float sum = 0.0f;
-  for (int p = from.count - 1; p >= 0; --p) sum += to_float(from.data[p * from.plane + at]);
-  return sum;
-}
 
 /// Starts the copy of a tile [rows, columns] of `from` at `at` (columns a multiple of 8) by the
 /// whole block; rows and columns that are not valid become zero.
