@@ -45,7 +45,8 @@ inline std::vector<Case> size_cases() {
     for (const DType dtype : kTypes) {
       for (const Precision precision : kPrecisions) {
         Case c;
-        c.name = "d" + std::to_string(d) + "_" + name_of(dtype) + "_" + name_of(precision);
+        c.name = std::string("d").append(std::to_string(d)) + "_" + name_of(dtype) + "_" +
+                 name_of(precision);
         c.problem = small_problem(75, 200, d, d);
         c.problem.dtype = dtype;
         c.problem.config.precision = precision;
@@ -56,7 +57,7 @@ inline std::vector<Case> size_cases() {
   for (const std::int64_t bq : {32, 64, 128, 256}) {
     for (const std::int64_t bk : {32, 64, 128, 256}) {
       Case c;
-      c.name = "bq" + std::to_string(bq) + "_bk" + std::to_string(bk);
+      c.name = std::string("bq").append(std::to_string(bq)) + "_bk" + std::to_string(bk);
       c.problem = small_problem(300, 600, 32, 48);
       c.problem.dtype = DType::kBF16;
       c.problem.config.block_q = bq;
@@ -104,6 +105,12 @@ inline std::vector<Case> option_cases() {
   add("sla", [](Case& c) { c.problem.config.method = Method::kSla; });
   add("keep_one", [](Case& c) { c.problem.config.keep = 1; });
   add("scale", [](Case& c) { c.problem.config.scale = 0.3; });
+  add("tau", [](Case& c) { c.problem.config.tau = 0.7; });
+  add("sla_matched", [](Case& c) {
+    c.problem.config.method = Method::kSla;
+    c.problem.config.backward = BackwardMode::kMatched;
+  });
+  add("all_protected", [](Case& c) { c.problem.protected_keys = {0, 230}; });
   add("protected", [](Case& c) { c.problem.protected_keys = {40, 70}; });
   add("lengths", [](Case& c) {
     c.problem.batch = 2;
