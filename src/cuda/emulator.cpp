@@ -56,7 +56,7 @@ extern "C" void sla2_switch_fiber(void** from, void* to);
 
 namespace sla2::emulated {
 
-thread_local const Place* here = nullptr;
+constinit thread_local const Place* here = nullptr;
 
 namespace {
 

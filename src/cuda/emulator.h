@@ -49,7 +49,7 @@ struct Place {
   Grid grid;
   int threads = 0;
 };
-extern thread_local const Place* here;
+extern constinit thread_local const Place* here;  // constinit: read without a wrapper
 inline const Place& place() { return *here; }
 
 /// Called by all 32 lanes of the running warp with an operand each; the last one to arrive runs
