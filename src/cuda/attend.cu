@@ -28,7 +28,7 @@ SLA2_HOST_DEVICE int slices_at_once(int terms) {
 /// 1 / (phi(q) . Z_i) of both rows, 0 where it is tiny.
 template <int D>
 SLA2_DEVICE void inverse_denominators(const Call& c, const Queries& q, float (&inverse)[2]) {
-  const Bf16* z = c.sums.data + q.block_row * c.S + std::int64_t{c.d} * c.dv;
+  const Bf16* z = c.sums.data + q.block_row(c) * c.S + std::int64_t{c.d} * c.dv;
   float bottom[2] = {};
   SLA2_NO_UNROLL for (int channel = lane_index() % 4 * 2; channel < c.d; channel += 8) {
     float weight[2] = {};
@@ -39,7 +39,7 @@ SLA2_DEVICE void inverse_denominators(const Call& c, const Queries& q, float (&i
       weight[1] += bits_to_float(word & 0xffff0000u);
       SLA2_UNROLL for (int r = 0; r < 2; ++r) {
         const std::uint32_t pair =
-            load_4(c.phi_q.data + term * c.phi_q.plane + q.line[r] * D + channel);
+            load_4(c.phi_q.data + term * c.phi_q.plane + q.line(c, r) * D + channel);
         phi[r][0] += bits_to_float(pair << 16);
         phi[r][1] += bits_to_float(pair & 0xffff0000u);
       }
@@ -60,7 +60,7 @@ template <int D>
 SLA2_DEVICE void load_slices(const Call& c, const Queries& q, int slice, int count) {
   Bf16* to = shared_memory<Bf16>(0);
   constexpr int kUnits = kSlice / 8;
-  const Bf16* from = c.sums.data + q.block_row * c.S;
+  const Bf16* from = c.sums.data + q.block_row(c) * c.S;
   const int total = count * c.terms * D * kUnits;
   for (int at = thread_index(); at < total; at += block_threads()) {
     const int unit = at % kUnits * 8;
@@ -91,7 +91,7 @@ SLA2_DEVICE void multiply_slice(const Call& c, const Queries& q,
         if (kKeep && c.terms == 1) {
           SLA2_UNROLL for (int e = 0; e < 4; ++e) a[e] = kept[kKeep ? step : 0][e];
         } else {
-          row_fragment(c.phi_q.data + term * c.phi_q.plane, q, D * 2, step, a);
+          row_fragment(c.phi_q.data + term * c.phi_q.plane, c, q, D * 2, step, a);
         }
         SLA2_UNROLL for (int n = 0; n < kSlice / 8; n += 2) {
           std::uint32_t b[4];
@@ -128,11 +128,11 @@ SLA2_DEVICE void write_slice(const Call& c, const Queries& q, const Rows& to, in
   if (channel >= c.dv) return;
   SLA2_NO_UNROLL for (int r = lane / 8; r < 16; r += 4) {
     const int row = q.first + warp_index() * 16 + r;
-    if (row >= q.end) break;
+    if (row >= q.end(c)) break;
     const Words4 words = load_16(own + r * kStagingStride + lane % 8 * 4);
     float x[4];
     SLA2_UNROLL for (int e = 0; e < 4; ++e) x[e] = bits_to_float(words.x[e]);
-    store_four(row_of(to, q.b, q.h, row), channel, x);
+    store_four(row_of(to, q.head / c.H, q.head % c.H, row), channel, x);
   }
 }
 
@@ -146,7 +146,7 @@ SLA2_DEVICE Rows workspace_rows(const Call& c, float* data) {
 template <Format F, int D>
 SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) {
   constexpr bool kKeep = D <= 128;
-  const bool mixed = c.complement_empty[q.block_row] == 0;
+  const bool mixed = c.complement_empty[q.block_row(c)] == 0;
   float inverse[2] = {};
   std::uint32_t kept[kKeep ? D / 16 : 1][4] = {};
   float alpha = 0.5f;
@@ -154,12 +154,12 @@ SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) 
     inverse_denominators<D>(c, q, inverse);
     if (kKeep && c.terms == 1) {
       SLA2_UNROLL for (int step = 0; step < (kKeep ? D / 16 : 1); ++step) {
-        row_fragment(c.phi_q.data, q, D * 2, step, kept[step]);
+        row_fragment(c.phi_q.data, c, q, D * 2, step, kept[step]);
       }
     }
     if (c.alpha_logit != nullptr) {
       const int column = c.alpha_blocks == 1 ? 0 : q.i;
-      alpha = 1 / (1 + exact_exp(-c.alpha_logit[q.h * c.alpha_blocks + column]));
+      alpha = 1 / (1 + exact_exp(-c.alpha_logit[q.head % c.H * c.alpha_blocks + column]));
     }
   }
   const int at_once = slices_at_once<F, D>(c.terms);
@@ -208,27 +208,17 @@ void attend_kernel(Call c) {
   q.head = block_x() / (c.M * tiles);
   q.i = index / tiles;
   q.first = q.i * c.bq + index % tiles * rows;
-  q.end = min_int(c.Nq, (q.i + 1) * c.bq);
-  if (q.first >= q.end) return;
-  q.b = static_cast<int>(q.head / c.H);
-  q.h = static_cast<int>(q.head % c.H);
-  q.kv = q.h / c.group;
-  q.key_head = std::int64_t{q.b} * c.Hkv + q.kv;
-  q.block_row = q.head * c.M + q.i;
-  q.length = key_length(c, q.b);
+  if (q.first >= q.end(c)) return;
+  const int b = q.head / c.H;
+  q.key_head = b * c.Hkv + q.head % c.H / c.group;
+  q.length = key_length(c, b);
   q.blocks = blocks_of(c, q.length);
-  SLA2_UNROLL for (int r = 0; r < 2; ++r) {
-    const int row = q.first + warp_index() * 16 + lane_index() / 4 + 8 * r;
-    q.valid[r] = row < q.end;
-    q.row[r] = q.valid[r] ? row : q.first;
-    q.line[r] = q.head * c.Nq + q.row[r];
-  }
   Running<D> run;
   float lse[2];
   sparse_branch<F, D>(c, q, run, lse);
   if (c.lse != nullptr && lane_index() % 4 == 0) {
     SLA2_UNROLL for (int r = 0; r < 2; ++r) {
-      if (q.valid[r]) c.lse[q.head * c.Nq + q.row[r]] = lse[r];
+      if (q.valid(c, r)) c.lse[q.line(c, r)] = lse[r];
     }
   }
   finish<F, D>(c, q, run);

@@ -13,7 +13,8 @@ namespace sla2::SLA2_CUDA_ROOM {
 inline constexpr int kAttendThreads = 256;
 inline constexpr std::int32_t kMagicBits = 0x4b400000;
 inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-inline constexpr float kLowest = -3.0e38f;    // a running maximum before the first key
+inline constexpr float kLog2Of448 = 8.807354922057604f;
+inline constexpr float kLowest = -3.0e38f;  // a running maximum before the first key
 
 template <Format F, int D>
 struct Sparse {
@@ -37,17 +38,27 @@ struct Sparse {
   static constexpr float kLimit = F == Format::kInt8 ? 255.0f : F == Format::kFp8 ? 448.0f : 1.0f;
 };
 
-/// What a block works on.
+/// What a block works on: few numbers, as they stay in registers all the way.
 struct Queries {
-  int b, h, i, kv;
-  int first, end;      // rows of this block of threads: [first, end)
+  int head, key_head;  // b * H + h, b * Hkv + kv
+  int i;               // query block
+  int first;           // rows of this block of threads: [first, end)
   int length, blocks;  // keys and key blocks that exist
-  int row[2];          // this thread's rows; loads stay inside [.., end)
-  bool valid[2];
-  std::int64_t line[2];    // head * Nq + row
-  std::int64_t head;       // b * H + h
-  std::int64_t key_head;   // b * Hkv + kv
-  std::int64_t block_row;  // head * M + i
+
+  [[nodiscard]] SLA2_DEVICE std::int64_t block_row(const Call& c) const {
+    return std::int64_t{head} * c.M + i;
+  }
+  /// This thread's rows, r = 0 and 1; loads stay inside [first, end).
+  [[nodiscard]] SLA2_DEVICE int thread_row(int r) const {
+    return first + warp_index() * 16 + lane_index() / 4 + 8 * r;
+  }
+  [[nodiscard]] SLA2_DEVICE int end(const Call& c) const { return min_int(c.Nq, (i + 1) * c.bq); }
+  [[nodiscard]] SLA2_DEVICE bool valid(const Call& c, int r) const {
+    return thread_row(r) < end(c);
+  }
+  [[nodiscard]] SLA2_DEVICE std::int64_t line(const Call& c, int r) const {
+    return std::int64_t{head} * c.Nq + (valid(c, r) ? thread_row(r) : first);
+  }
 };
 
 /// The running state of a thread's two rows.
@@ -75,15 +86,16 @@ struct Routed {
   int count;
   int part_bits;  // log2 of the parts of a block
 };
-/// part_keys: a power of two, as c.bk is.
-SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q, int part_keys) {
-  const int part_bits = count_bits(static_cast<std::uint32_t>(c.bk / part_keys - 1));
-  if (c.soft) {
+template <Format F, int D>
+SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q) {
+  // Part keys are a power of two, as c.bk is.
+  const int part_bits = count_bits(static_cast<std::uint32_t>(c.bk / Sparse<F, D>::kPartKeys - 1));
+  if (!Sparse<F, D>::kLowBit && c.soft) {  // soft routing is never quantised
     const float* logits = c.given_logits != nullptr ? c.given_logits : c.logits;
-    return {nullptr, logits + q.block_row * c.T, q.blocks, part_bits};
+    return {nullptr, logits + q.block_row(c) * c.T, q.blocks, part_bits};
   }
   const std::int32_t* list =
-      (c.given_blocks != nullptr ? c.given_blocks : c.blocks) + q.block_row * c.L;
+      (c.given_blocks != nullptr ? c.given_blocks : c.blocks) + q.block_row(c) * c.L;
   int count = 0;
   for (int first = 0; first < c.L; first += 32) {
     const int l = first + lane_index();
@@ -104,7 +116,7 @@ SLA2_DEVICE Part part_of(const Call& c, const Queries& q, const Routed& routed, 
   part.block = block;
   const int left = q.length - block * c.bk - part.offset;
   part.valid = min_int(max_int(left, 0), S::kPartKeys);
-  if constexpr (S::kLowBit) part.key_scale = c.k_scale[q.key_head * c.T + block];
+  if constexpr (S::kLowBit) part.key_scale = c.k_scale[std::int64_t{q.key_head} * c.T + block];
   if (routed.logits != nullptr) {
     const float x = routed.logits[block];  // log m = -softplus(-x)
     part.log2_weight =
@@ -128,7 +140,8 @@ SLA2_DEVICE void load_tile(const Call& c, const Queries& q, const Routed& routed
     const Part& part = parts[p] = part_of<F, D>(c, q, routed, tile * S::kParts + p);
     const bool valid = part.block >= 0;
     const std::int64_t row =
-        valid ? (q.key_head * c.T + part.block) * c.bk + part.offset : std::int64_t{0};
+        valid ? (std::int64_t{q.key_head} * c.T + part.block) * c.bk + part.offset
+              : std::int64_t{0};
     SLA2_UNROLL for (int plane = 0; plane < S::kPlanes; ++plane) {
       constexpr int kUnits = D * S::kBytes / 16;
       for (int at = thread_index(); at < S::kPartKeys * kUnits; at += block_threads()) {
@@ -158,12 +171,11 @@ SLA2_DEVICE void load_tile(const Call& c, const Queries& q, const Routed& routed
 // ---- Queries ---------------------------------------------------------------------------------
 
 /// The fragment of one step of a product: 32 bytes of both rows. `base` is the plane of the term.
-SLA2_DEVICE void row_fragment(const void* base, const Queries& q, int row_bytes, int step,
-                              std::uint32_t (&fragment)[4]) {
-  const auto* bytes = static_cast<const unsigned char*>(base);
+SLA2_DEVICE void row_fragment(const void* base, const Call& c, const Queries& q, int row_bytes,
+                              int step, std::uint32_t (&fragment)[4]) {
+  const auto* bytes = static_cast<const unsigned char*>(base) + step * 32 + lane_index() % 4 * 4;
   SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-    fragment[e] =
-        load_4(bytes + q.line[e % 2] * row_bytes + step * 32 + e / 2 * 16 + lane_index() % 4 * 4);
+    fragment[e] = load_4(bytes + q.line(c, e % 2) * row_bytes + e / 2 * 16);
   }
 }
 
@@ -217,8 +229,8 @@ SLA2_DEVICE void score_16(const Call& c, const Queries& rows, const unsigned cha
   SLA2_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
     std::uint32_t q0[4], q1[4];
     if constexpr (!S::kKeepQ) {
-      row_fragment(c.q_low, rows, D * 2, step, q0);
-      row_fragment(c.q_low, rows, D * 2, step + 1, q1);
+      row_fragment(c.q_low, c, rows, D * 2, step, q0);
+      row_fragment(c.q_low, c, rows, D * 2, step + 1, q1);
     }
     SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
       std::uint32_t k[4];
@@ -248,8 +260,8 @@ SLA2_DEVICE void score_fp32(const Call& c, const Queries& rows, const unsigned c
       const Bf16* q_plane = static_cast<const Bf16*>(c.q_low) + term * c.q_plane;
       SLA2_NO_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
         std::uint32_t q0[4], q1[4];
-        row_fragment(q_plane, rows, D * 2, step, q0);
-        row_fragment(q_plane, rows, D * 2, step + 1, q1);
+        row_fragment(q_plane, c, rows, D * 2, step, q0);
+        row_fragment(q_plane, c, rows, D * 2, step + 1, q1);
         SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
           std::uint32_t k[4];
           ldmatrix_x4(k, fragment_row(plane, n * 8, S::kKeyStride, step * 32));
@@ -282,8 +294,8 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
         }
         word = pack_low_bytes(q[0], q[1], q[2], q[3]);
       } else {
-        word = pack_e4m3(448.0f * s[n][2 * r], 448.0f * s[n][2 * r + 1]) |
-               pack_e4m3(448.0f * s[n + 1][2 * r], 448.0f * s[n + 1][2 * r + 1]) << 16;
+        word = pack_e4m3(s[n][2 * r], s[n][2 * r + 1]) |
+               pack_e4m3(s[n + 1][2 * r], s[n + 1][2 * r + 1]) << 16;
       }
       p[n / 4][n / 2 % 2 * 2 + r] = word;
     }
@@ -408,6 +420,10 @@ SLA2_DEVICE void soften(const Part (&parts)[Sparse<F, D>::kParts], const float (
     correction[r] = fast_exp2(run.max[r] - max[r]);
     run.max[r] = max[r];
   }
+  // fp8: p comes out times 448.
+  if constexpr (F == Format::kFp8) {
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) max[r] -= kLog2Of448;
+  }
   SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
     SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = fast_exp2(s[n][e] - max[e / 2]);
   }
@@ -421,11 +437,11 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
   float q_scale[2] = {1, 1};
   if constexpr (S::kKeepQ) {
     SLA2_UNROLL for (int step = 0; step < S::kSteps; ++step) {
-      row_fragment(c.q_low, q, D * S::kBytes, step, fragments[step]);
+      row_fragment(c.q_low, c, q, D * S::kBytes, step, fragments[step]);
     }
   }
   if constexpr (S::kLowBit) {
-    SLA2_UNROLL for (int r = 0; r < 2; ++r) q_scale[r] = c.q_scale[q.line[r]];
+    SLA2_UNROLL for (int r = 0; r < 2; ++r) q_scale[r] = c.q_scale[q.line(c, r)];
   }
   const float unit = (F == Format::kF16 ? 2.0f : 1.0f) * c.scale * kLog2E;  // kF16 holds Ks / 2
   const float row_scale[2] = {q_scale[0] * unit, q_scale[1] * unit};
@@ -437,9 +453,9 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     run.sum[r] = 0;
   }
 
-  const Routed routed = routed_of(c, q, S::kPartKeys);
+  const Routed routed = routed_of<F, D>(c, q);
   const int tiles = ((routed.count << routed.part_bits) + S::kParts - 1) / S::kParts;
-  float poison[2] = {};  // 0, or NaN where a scale is
+  float poisoned = 0;  // NaN if a scale is
   Part next[S::kParts];
   if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, routed, 0, 0, next);
   copy_async_commit();
@@ -458,7 +474,7 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
       copy_async_commit();
     }
     SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
-      poison[0] += parts[p].key_scale - parts[p].key_scale;
+      poisoned += parts[p].key_scale - parts[p].key_scale;
     }
     const unsigned char* keys = shared_memory<unsigned char>(
         static_cast<std::size_t>(S::kStages == 2 ? tile % 2 : 0) * S::kStageBytes);
@@ -480,10 +496,10 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     }
   }
 
-  poison[1] = poison[0];
+  float poison[2] = {poisoned, poisoned};
   SLA2_UNROLL for (int r = 0; r < 2; ++r) {
     if constexpr (S::kLowBit) {
-      poison[r] += q_scale[r] - q_scale[r];
+      poison[r] += row_scale[r] - row_scale[r];
     } else {
       run.sum[r] += shuffle_xor(run.sum[r], 1);
       run.sum[r] += shuffle_xor(run.sum[r], 2);
@@ -499,7 +515,7 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     }
   }
   if constexpr (S::kLowBit) {
-    const float* scales = c.v_scale + q.key_head * c.dv + lane_index() % 4 * 2;
+    const float* scales = c.v_scale + std::int64_t{q.key_head} * c.dv + lane_index() % 4 * 2;
     SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
       Words2 scale{};
       if (n * 8 < c.dv) scale = load_8(scales + n * 8);
