@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "sla2/executor.h"
@@ -75,6 +76,8 @@ struct Context {
   std::span<std::byte>
       workspace;           // at least workspace_bytes(...), aligned to 64 bytes; contents undefined
   void* stream = nullptr;  // cudaStream_t for Device::kCuda
+  /// Device::kCuda: called after each launch with its stage's name, for benchmarks; null: nobody.
+  const std::function<void(const char* stage)>* after_stage = nullptr;
 };
 
 enum class Pass : std::uint8_t { kRoute, kForward, kBackward };

@@ -27,7 +27,8 @@ Plan make_plan(const Problem& problem, Pass pass, const Context& caller) {
   const std::int64_t num_threads = caller.executor.num_threads();
   require(num_threads >= 1, "executor must have at least one thread, got ", num_threads);
   const std::size_t wanted = implementation.workspace_bytes(problem, pass, num_threads);
-  if (wanted == 0) return {implementation, {caller.executor, {}, caller.stream}};
+  if (wanted == 0)
+    return {implementation, {caller.executor, {}, caller.stream, caller.after_stage}};
 
   require(caller.workspace.data() != nullptr && caller.workspace.size() >= wanted + kAlignment,
           "workspace must hold at least ", wanted + kAlignment, " bytes, got ",
@@ -35,7 +36,9 @@ Plan make_plan(const Problem& problem, Pass pass, const Context& caller) {
   const std::size_t misalignment =
       reinterpret_cast<std::uintptr_t>(caller.workspace.data()) % kAlignment;
   const std::size_t skip = misalignment == 0 ? 0 : kAlignment - misalignment;
-  return {implementation, {caller.executor, caller.workspace.subspan(skip, wanted), caller.stream}};
+  return {
+      implementation,
+      {caller.executor, caller.workspace.subspan(skip, wanted), caller.stream, caller.after_stage}};
 }
 
 }  // namespace

@@ -112,20 +112,31 @@ void run_backward(const Problem& problem, const Inputs& inputs, const Saved& sav
   Arena arena(context.workspace.data());
   take_backward(back, arena);
 
-  void* stream = context.stream;
-  back_prepare(back, stream);
-  back_key_states(back, stream);
-  back_query_states(back, stream);
-  back_linear_queries(back, stream);
-  back_query_gradients(back, stream);
-  back_key_gradients(back, stream);
-  back_linear_keys(back, stream);
-  back_sparse_queries(back, stream);
-  if (back.call.is_sla && back.d_proj_out != nullptr) back_project_out(back, stream);
-  back_reduce(back, stream);
-  back_sparse_keys(back, stream);
-  if (back.learns_router) back_scores(back, stream);
-  if (back.d_proj_q != nullptr || back.d_proj_k != nullptr) back_router(back, stream);
+  struct Stage {
+    const char* name;
+    void (*run)(const Backward&, void* stream);
+    bool wanted;
+  };
+  const Stage stages[] = {
+      {"prepare", back_prepare, true},
+      {"key_states", back_key_states, true},
+      {"query_states", back_query_states, true},
+      {"linear_queries", back_linear_queries, true},
+      {"query_gradients", back_query_gradients, true},
+      {"key_gradients", back_key_gradients, true},
+      {"linear_keys", back_linear_keys, true},
+      {"sparse_queries", back_sparse_queries, true},
+      {"project_out", back_project_out, back.call.is_sla && back.d_proj_out != nullptr},
+      {"reduce", back_reduce, true},
+      {"sparse_keys", back_sparse_keys, true},
+      {"scores", back_scores, back.learns_router},
+      {"router", back_router, back.d_proj_q != nullptr || back.d_proj_k != nullptr},
+  };
+  for (const Stage& stage : stages) {
+    if (!stage.wanted) continue;
+    stage.run(back, context.stream);
+    if (context.after_stage != nullptr) (*context.after_stage)(stage.name);
+  }
 }
 
 }  // namespace sla2::SLA2_CUDA_ROOM

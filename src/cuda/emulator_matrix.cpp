@@ -3,7 +3,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -57,29 +56,57 @@ struct Product {
   std::uint32_t b[2];
 };
 
-/// c plus kCount products as tensor cores add them: aligned to the largest one's exponent, what is
-/// more than kBits bits under its leading one cut off, and so is what fp32 does not hold of the
-/// sum.
+using Row = float[8];
+
+/// c plus kCount rows of products as tensor cores add them: aligned to the largest one's exponent,
+/// what is more than kBits bits under its leading one cut off, and so is what fp32 does not hold of
+/// the sum. Loops over the 8 columns are the inner ones, for the compiler's vectors.
 template <int kCount, int kBits>
-float sum_truncated(float c, const float* products) {
+void add_truncated(Row& c, const Row* products) {
   static_assert(kBits < 31 && kCount < 1 << (30 - kBits));
-  float largest = std::fabs(c);
-  for (int k = 0; k < kCount; ++k) largest = std::max(largest, std::fabs(products[k]));
-  const int exponent = static_cast<int>(std::bit_cast<std::uint32_t>(largest) >> 23) - 127;
-  // Beyond these the scale itself were no float; NaN may hide behind a number in `largest`.
-  float plain = c;
-  for (int k = 0; k < kCount; ++k) plain += products[k];
-  if (exponent < -100 || exponent > 120 || std::isnan(plain)) return plain;
-  const auto power = [](int e) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(e + 127) << 23);
-  };
-  const float to_units = power(kBits - exponent);
-  auto units = static_cast<std::int32_t>(c * to_units);
-  for (int k = 0; k < kCount; ++k) units += static_cast<std::int32_t>(products[k] * to_units);
-  const int spare = std::max(
-      0, static_cast<int>(std::bit_width(static_cast<std::uint32_t>(std::abs(units)))) - 24);
-  const std::int32_t kept = units < 0 ? -(-units >> spare << spare) : units >> spare << spare;
-  return static_cast<float>(kept) * power(exponent - kBits);
+  constexpr std::uint32_t kField = 0x7f800000;  // of the exponent
+  Row largest;
+  Row plain;
+  for (int n = 0; n < 8; ++n) largest[n] = std::fabs(plain[n] = c[n]);
+  for (int k = 0; k < kCount; ++k) {
+    for (int n = 0; n < 8; ++n) {
+      const float magnitude = std::fabs(products[k][n]);
+      largest[n] = largest[n] < magnitude ? magnitude : largest[n];
+      plain[n] += products[k][n];
+    }
+  }
+  Row to_units;
+  Row unit;
+  std::uint32_t usual = 1;  // the scales are floats, and nothing is NaN
+  for (int n = 0; n < 8; ++n) {
+    const std::uint32_t field = std::bit_cast<std::uint32_t>(largest[n]) & kField;
+    usual &= field > 27U << 23 && field < 247U << 23 && plain[n] == plain[n] ? 1U : 0U;
+    to_units[n] = std::bit_cast<float>(((254U + kBits) << 23) - field);
+    unit[n] = std::bit_cast<float>(field - (static_cast<std::uint32_t>(kBits) << 23));
+  }
+  if (usual == 0) {
+    for (int n = 0; n < 8; ++n) {
+      const float x = largest[n];
+      if (!(x > 0x1p-99F && x < 0x1p119F && plain[n] == plain[n])) to_units[n] = unit[n] = 0;
+    }
+  }
+  std::int32_t units[8];
+  for (int n = 0; n < 8; ++n) units[n] = static_cast<std::int32_t>(c[n] * to_units[n]);
+  for (int k = 0; k < kCount; ++k) {
+    for (int n = 0; n < 8; ++n) {
+      units[n] += static_cast<std::int32_t>(products[k][n] * to_units[n]);
+    }
+  }
+  for (int n = 0; n < 8; ++n) {
+    const std::int32_t magnitude = units[n] < 0 ? -units[n] : units[n];
+    const auto nearest = static_cast<float>(magnitude);
+    const std::uint32_t excess = static_cast<std::int32_t>(nearest) > magnitude ? 1 : 0;
+    const float cut = std::bit_cast<float>(std::bit_cast<std::uint32_t>(nearest) - excess);
+    c[n] = (units[n] < 0 ? -cut : cut) * unit[n];
+  }
+  if (usual == 0) {
+    for (int n = 0; n < 8; ++n) c[n] = unit[n] == 0 ? plain[n] : c[n];
+  }
 }
 
 /// c [16, 8] += a [16, K] b [K, 8]; `a_value(word, k)` reads the k-th number in a 32-bit word.
@@ -102,24 +129,32 @@ void multiply(void* const* operands, ReadA read_a, ReadB read_b) {
       }
     }
   }
-  for (int lane = 0; lane < 32; ++lane) {
-    Sum* out = static_cast<const Product<Sum>*>(operands[lane])->c;
-    const int g = lane / 4;
-    const int t = lane % 4 * 2;
-    for (int e = 0; e < 4; ++e) {
-      Sum products[kDepth];
-      for (int k = 0; k < kDepth; ++k) products[k] = a[g + e / 2 * 8][k] * b[k][t + e % 2];
-      if constexpr (std::is_integral_v<Sum>) {
-        for (const Sum x : products) out[e] += x;
-      } else {
-        // 8 numbers of 16 bits at a time as on sm_80 (later GPUs round less often), 8 bits at once.
-        constexpr int kAtOnce = kPerWord == 2 ? 8 : kDepth;
-        for (int k = 0; k < kDepth; k += kAtOnce) {
-          out[e] = sum_truncated < kAtOnce, kPerWord == 2 ? 24 : 13 > (out[e], products + k);
-        }
+  Sum c[16][8];
+  const auto each = [&](auto body) {
+    for (int lane = 0; lane < 32; ++lane) {
+      Sum* out = static_cast<const Product<Sum>*>(operands[lane])->c;
+      for (int e = 0; e < 4; ++e) body(out[e], c[lane / 4 + e / 2 * 8][lane % 4 * 2 + e % 2]);
+    }
+  };
+  each([](const Sum& mine, Sum& all) { all = mine; });
+  for (int r = 0; r < 16; ++r) {
+    Sum products[kDepth][8];
+    for (int k = 0; k < kDepth; ++k) {
+      for (int n = 0; n < 8; ++n) products[k][n] = a[r][k] * b[k][n];
+    }
+    if constexpr (std::is_integral_v<Sum>) {
+      for (int k = 0; k < kDepth; ++k) {
+        for (int n = 0; n < 8; ++n) c[r][n] += products[k][n];
+      }
+    } else {
+      // 8 numbers of 16 bits at a time as on sm_80 (later GPUs round less often), 8 bits at once.
+      constexpr int kAtOnce = kPerWord == 2 ? 8 : kDepth;
+      for (int k = 0; k < kDepth; k += kAtOnce) {
+        add_truncated<kAtOnce, kPerWord == 2 ? 24 : 13>(c[r], products + k);
       }
     }
   }
+  each([](Sum& mine, const Sum& all) { mine = all; });
 }
 
 float half_of(std::uint32_t word, int k) {

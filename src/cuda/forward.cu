@@ -40,6 +40,10 @@ std::string refusal(const Problem& p, Pass pass) {
   if (p.q_tokens > kMost - 512 || p.k_tokens > kMost - 512 || largest_grid(p) > kMost) {
     return "the problem has more blocks than a launch can take, 2^31";
   }
+  if (pass == Pass::kBackward && p.batch * p.num_heads > 65535) {
+    return "batch * num_heads must be at most 65535 in a backward, got " +
+           std::to_string(p.batch * p.num_heads);
+  }
   return {};
 }
 
@@ -113,7 +117,10 @@ void run_route(const Problem& problem, const Inputs& inputs, const Routing& rout
 void run_forward(const Problem& problem, const Inputs& inputs, const Outputs& outputs,
                  const Context& context) {
   const Call call = make_forward(problem, inputs, outputs, context.workspace.data());
-  for (const Stage& stage : forward_stages(call)) stage.run(call, context.stream);
+  for (const Stage& stage : forward_stages(call)) {
+    stage.run(call, context.stream);
+    if (context.after_stage != nullptr) (*context.after_stage)(stage.name);
+  }
 }
 
 }  // namespace

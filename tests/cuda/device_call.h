@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -149,6 +150,8 @@ class DeviceCall {
             mirror_.map(call_.d_proj_out)};
   }
   [[nodiscard]] Mirror& mirror() { return mirror_; }
+  /// Context::after_stage of the calls that follow.
+  const std::function<void(const char*)>* after_stage = nullptr;
   [[nodiscard]] Inputs inputs() {
     Inputs in;
     in.q = as_const(mirror_.map(call_.q));
@@ -167,7 +170,7 @@ class DeviceCall {
     const std::size_t bytes =
         backend().implementation.workspace_bytes(call_.problem, pass, serial.num_threads());
     const Scratch scratch(backend().memory, bytes);
-    body(Context{serial, scratch.span(), nullptr});
+    body(Context{serial, scratch.span(), nullptr, after_stage});
     mirror_.download();
     scratch.expect_intact();
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string>
 #include <vector>
@@ -348,6 +349,42 @@ TEST(CudaProperty, AQueryBlockWithoutKeysHasALinearBranchAlone) {
       }
     }
   }
+}
+
+/// One call a stage, in the order of the launches, none without a listener.
+TEST(CudaProperty, NamesItsStagesAsTheyRun) {
+  SLA2_SKIP_WITHOUT_MACHINE();
+  using Names = std::vector<std::string>;
+  Names names;
+  const std::function<void(const char*)> listener = [&](const char* stage) {
+    names.emplace_back(stage);
+  };
+  Call call(problem_of(RoutingMode::kHard), 3);
+  DeviceCall on_device(call);
+  on_device.after_stage = &listener;
+  launches_since();
+  on_device.forward();
+  EXPECT_EQ(names, (Names{"reduce", "mean", "project", "route", "keys", "states", "attend"}));
+  if (backend().is_emulated) EXPECT_EQ(launches_since(), std::ssize(names));
+  names.clear();
+  on_device.backward();
+  EXPECT_EQ(names,
+            (Names{"prepare", "key_states", "query_states", "linear_queries", "query_gradients",
+                   "key_gradients", "linear_keys", "sparse_queries", "reduce", "sparse_keys"}));
+  if (backend().is_emulated) EXPECT_EQ(launches_since(), std::ssize(names));
+  judge_backward(call);
+}
+
+TEST(CudaProperty, RefusesMoreHeadsThanALaunchTakes) {
+  SLA2_SKIP_WITHOUT_MACHINE();
+  Problem p = problem_of(RoutingMode::kHard);
+  p.batch = 65535;
+  p.num_heads = p.num_kv_heads = 1;
+  EXPECT_EQ(backend().implementation.refusal(p, Pass::kBackward), "");
+  p.batch = 65536;
+  EXPECT_EQ(backend().implementation.refusal(p, Pass::kForward), "");
+  EXPECT_EQ(backend().implementation.refusal(p, Pass::kBackward),
+            "batch * num_heads must be at most 65535 in a backward, got 65536");
 }
 
 TEST(CudaProperty, NamesTheGpuThatCannotDoFp8) {
