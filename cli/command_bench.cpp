@@ -44,6 +44,15 @@ class Bench final : public Command {
       fmt::print("verified: {:.1e} relative L2 to the reference\n", result.error);
       report["error"] = result.error;
       rows = result.rows;
+      for (const video::StageTime& stage : result.stages) {
+        report["stages"].push_back({{"pass", stage.pass},
+                                    {"stage", stage.stage},
+                                    {"median_ms", stage.seconds.median * 1e3},
+                                    {"quartile1_ms", stage.seconds.q1 * 1e3},
+                                    {"quartile3_ms", stage.seconds.q3 * 1e3}});
+        fmt::print("{:<10}{:<18}{:>12.3f} ms\n", stage.pass, stage.stage,
+                   stage.seconds.median * 1e3);
+      }
     } else if (what_ == "model") {
       if (model_.empty() || sla2_.empty()) {
         throw UsageError("bench model needs --model and --sla2");

@@ -14,6 +14,7 @@
 #include "io/video_file.h"
 #include "sla2/error.h"
 #include "sla2/implementation.h"
+#include "sla2/self_test.h"
 #include "video/device.h"
 #include "video/weights.h"
 
@@ -67,20 +68,32 @@ void print_machine() {
   fmt::print("ffmpeg          {}\n", ffmpeg);
   fmt::print(
       "implementations (first that takes the problem; example: 8192 tokens, head size 128)\n");
-  const Problem problem{.q_tokens = 8192,
-                        .k_tokens = 8192,
-                        .head_dim = 128,
-                        .value_dim = 128,
-                        .protected_keys = {},
-                        .config = {}};
+  Problem problem{.q_tokens = 8192,
+                  .k_tokens = 8192,
+                  .head_dim = 128,
+                  .value_dim = 128,
+                  .protected_keys = {},
+                  .config = {}};
   const std::array<std::pair<const char*, Pass>, 3> passes{
       {{"route", Pass::kRoute}, {"forward", Pass::kForward}, {"backward", Pass::kBackward}}};
   for (const Implementation* implementation : implementations()) {
+    problem.device = implementation->device;
     for (const auto& [name, pass] : passes) {
       const std::string refusal = implementation->refusal(problem, pass);
       fmt::print("  {:<14}{:<10}{}\n", implementation->name, name,
                  refusal.empty() ? "yes" : "no: " + refusal);
     }
+  }
+}
+
+// Fails where a GPU's kernels are wrong.
+void print_self_test() {
+  if (!video::find_gpu()) return;
+  const std::vector<SelfTest> results = self_test(false);
+  if (results.empty()) fmt::print("self-test       no kernels for this GPU in this build\n");
+  for (const SelfTest& test : results) {
+    fmt::print("self-test       {} on {}, driver {}: {} passes agree with the reference\n",
+               test.implementation, test.machine, test.driver, test.checks);
   }
 }
 
@@ -165,6 +178,7 @@ class Info final : public Command {
   void run(Session&) override {
     if (path_.empty()) {
       print_machine();
+      print_self_test();
     } else {
       print_path(path_);
     }

@@ -14,6 +14,7 @@
 #include "cli/progress.h"
 #include "io/files.h"
 #include "sla2/error.h"
+#include "sla2/self_test.h"
 #include "video/device.h"
 
 namespace sla2::cli {
@@ -83,6 +84,10 @@ void run_entry(Entry& entry, const std::string& command_line) {
   // Asked for even where no GPU is wanted: it must come before torch's first answer about CUDA.
   const torch::Device device =
       entry.command->needs_device() ? video::open_device(entry.device) : torch::Device(torch::kCPU);
+  if (device.is_cuda()) {
+    const c10::DeviceGuard guard(device);
+    static_cast<void>(self_test(true));  // a wrong kernel is an error, before any work
+  }
   if (entry.threads > 0) torch::set_num_threads(static_cast<int>(entry.threads));
   video::Run run{.device = device, .seed = entry.seed, .progress = progress, .stop = &stop_flag};
   Session session{.run = run,

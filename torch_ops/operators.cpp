@@ -224,6 +224,7 @@ std::string info_kernel() {
     problem.head_dim = problem.value_dim = 128;
     std::string list;
     for (const Implementation* const one : implementations()) {
+      problem.device = one->device;
       list += list.empty() ? "" : ", ";
       list += "{\"name\": " + quoted(one->name) +
               ", \"device\": " + quoted(one->device == Device::kCpu ? "cpu" : "cuda") +
@@ -234,6 +235,21 @@ std::string info_kernel() {
            ", \"threads\": " + std::to_string(TorchExecutor().num_threads()) +
            ", \"implementations\": [" + list + "], \"options\": " + quoted_list(kOptionNames) +
            ", \"numbers\": " + quoted_list(kNumberNames) + "}";
+  });
+}
+
+/// JSON: one object for each accelerator's implementation that was compared with the reference.
+std::string self_test_kernel(bool use_cache) {
+  return translated([&] {
+    std::string list;
+    for (const SelfTest& test : self_test(use_cache)) {
+      list += list.empty() ? "" : ", ";
+      list += "{\"implementation\": " + quoted(test.implementation) +
+              ", \"machine\": " + quoted(test.machine) + ", \"driver\": " + quoted(test.driver) +
+              ", \"checks\": " + std::to_string(test.checks) +
+              ", \"cached\": " + (test.cached ? "true" : "false") + "}";
+    }
+    return "[" + list + "]";
   });
 }
 
@@ -255,6 +271,7 @@ STABLE_TORCH_LIBRARY(sla2, m) {
       "int[] options, float[] numbers, int wanted) -> (Tensor d_q, Tensor d_k, Tensor d_v, "
       "Tensor d_alpha_logit, Tensor d_proj_q, Tensor d_proj_k, Tensor d_proj_out)");
   m.def("info() -> str");
+  m.def("self_test(bool use_cache) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sla2, CPU, m) {
@@ -271,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(sla2, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sla2, CompositeExplicitAutograd, m) {
   m.impl("info", TORCH_BOX(&info_kernel));
+  m.impl("self_test", TORCH_BOX(&self_test_kernel));
 }
 
 }  // namespace sla2::torch_ops

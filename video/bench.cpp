@@ -4,10 +4,19 @@
 #include <chrono>
 #include <cstdlib>
 #include <functional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
+#include <ATen/Context.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/Event.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <fmt/format.h>
 
-#include "sla2/error.h"
+#include "sla2/sla2.h"
+#include "torch_ops/cuda_stream.h"
 #include "video/attention.h"
 #include "video/device.h"
 
@@ -34,9 +43,47 @@ Quartiles quartiles(std::vector<double> values) {
   return {.q1 = at(0.25), .median = at(0.5), .q3 = at(0.75)};
 }
 
+// More than any GPU's second-level cache holds.
+constexpr std::int64_t kFlushBytes = std::int64_t{256} << 20;
+
+// Times work by the device's events on a GPU, the L2 cache flushed before, and by the clock else.
+class Timer {
+ public:
+  explicit Timer(torch::Device device) : device_(device) {
+    if (device.is_cuda()) {
+      flush_ = torch::empty({kFlushBytes}, torch::dtype(torch::kUInt8).device(device));
+    }
+  }
+  double seconds(const std::function<void()>& work) {
+    if (!device_.is_cuda()) {
+      const auto start = Clock::now();
+      work();
+      return std::chrono::duration<double>(Clock::now() - start).count();
+    }
+    flush_.zero_();
+    const c10::Event start = mark();
+    work();
+    const c10::Event end = mark();
+    synchronize(device_);
+    return start.elapsedTime(end) * 1e-3;
+  }
+  // An event on the current stream.
+  [[nodiscard]] c10::Event mark() const {
+    c10::Event event(c10::DeviceType::CUDA, c10::EventFlag::BACKEND_DEFAULT);
+    event.record(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(device_));
+    return event;
+  }
+  void flush() { flush_.zero_(); }
+
+ private:
+  torch::Device device_;
+  torch::Tensor flush_;
+};
+
 // All cases in turns, so that a change of the machine's speed hits all of them.
 void measure(std::vector<Case>& cases, std::int64_t repeats, Run& run) {
   const std::int64_t rounds = repeats + 1;  // the first one warms up
+  Timer timer(run.device);
   run.progress.begin("measuring", rounds * static_cast<std::int64_t>(cases.size()));
   std::int64_t done = 0;
   for (std::int64_t round = 0; round < rounds; ++round) {
@@ -44,11 +91,8 @@ void measure(std::vector<Case>& cases, std::int64_t repeats, Run& run) {
       run.check_stop("measuring");
       if (one.prepare) one.prepare();
       synchronize(run.device);
-      const auto start = Clock::now();
-      one.work();
-      synchronize(run.device);
-      const std::chrono::duration<double> passed = Clock::now() - start;
-      if (round > 0) one.seconds.push_back(passed.count());
+      const double seconds = timer.seconds(one.work);
+      if (round > 0) one.seconds.push_back(seconds);
       run.progress.update(++done);
     }
   }
@@ -74,6 +118,24 @@ std::vector<BenchRow> rows_of(const std::vector<Case>& cases, const std::string&
   }
   return rows;
 }
+
+// Flash attention or cuDNN's, and no other, for as long as it lives.
+class SdpaChoice {
+ public:
+  explicit SdpaChoice(bool flash) { set(flash, !flash, false); }
+  ~SdpaChoice() { set(true, true, true); }
+  SdpaChoice(const SdpaChoice&) = delete;
+  SdpaChoice& operator=(const SdpaChoice&) = delete;
+
+ private:
+  static void set(bool flash, bool cudnn, bool others) {
+    at::Context& context = at::globalContext();
+    context.setSDPUseFlash(flash);
+    context.setSDPUseCuDNN(cudnn);
+    context.setSDPUseMemEfficient(others);
+    context.setSDPUseMath(others);
+  }
+};
 
 // Selects the reference for as long as it lives.
 class ReferenceOnly {
@@ -134,6 +196,102 @@ double verify(const OpBenchOptions& options, const Run& run) {
   return error;
 }
 
+DType dtype_of(const torch::Tensor& tensor) {
+  return tensor.scalar_type() == torch::kBFloat16 ? DType::kBF16 : DType::kF32;
+}
+View view_of(const torch::Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return dense_view(tensor.mutable_data_ptr(), dtype_of(tensor),
+                    {sizes[0], sizes[1], sizes[2], sizes[3]});
+}
+
+// The library called without torch's operators, its stages timed one by one.
+std::vector<StageTime> time_stages(const OpBenchOptions& options, Run& run) {
+  const c10::DeviceGuard guard(run.device);
+  const auto& shape = options.shape;
+  Problem problem;
+  problem.batch = shape[0];
+  problem.num_heads = problem.num_kv_heads = shape[1];
+  problem.q_tokens = problem.k_tokens = shape[2];
+  problem.head_dim = problem.value_dim = shape[3];
+  problem.dtype = DType::kBF16;
+  problem.device = Device::kCuda;
+  problem.config = options.config;
+  std::vector<torch::Tensor> tensors;  // q, k, v, d_out, then results
+  for (std::int64_t i = 0; i < 4; ++i) {
+    tensors.push_back(random_input(shape, shape[2], i, run).to(torch::kBFloat16));
+  }
+  for (int i = 0; i < 6; ++i) tensors.push_back(torch::empty_like(tensors[0]));
+  const auto f32 = torch::dtype(torch::kFloat32).device(run.device);
+  const torch::Tensor lse = torch::empty({shape[0], shape[1], shape[2]}, f32);
+  const torch::Tensor k_mean = torch::empty({shape[0], shape[1], shape[3]}, f32);
+  const torch::Tensor blocks =
+      torch::empty({shape[0], shape[1], num_q_blocks(problem), max_routed_blocks(problem)},
+                   f32.dtype(torch::kInt32));
+  const std::size_t bytes = std::max(workspace_bytes(problem, Pass::kForward, 1),
+                                     workspace_bytes(problem, Pass::kBackward, 1));
+  const torch::Tensor workspace =
+      torch::empty({static_cast<std::int64_t>(bytes)}, f32.dtype(torch::kUInt8));
+
+  Timer timer(run.device);
+  std::vector<std::pair<std::string, c10::Event>> marks;
+  const std::function<void(const char*)> after_stage = [&](const char* stage) {
+    marks.emplace_back(stage, timer.mark());
+  };
+  SerialExecutor serial;
+  const Context context{.executor = serial,
+                        .workspace = {static_cast<std::byte*>(workspace.mutable_data_ptr()), bytes},
+                        .stream = torch_ops::current_cuda_stream(run.device.index()),
+                        .after_stage = &after_stage};
+  Inputs inputs;
+  inputs.q = as_const(view_of(tensors[0]));
+  inputs.k = as_const(view_of(tensors[1]));
+  inputs.v = as_const(view_of(tensors[2]));
+  const Outputs outputs{view_of(tensors[4]),
+                        view_of(tensors[5]),
+                        view_of(tensors[6]),
+                        lse.mutable_data_ptr<float>(),
+                        k_mean.mutable_data_ptr<float>(),
+                        {blocks.mutable_data_ptr<std::int32_t>(), nullptr}};
+  const Saved saved{as_const(outputs.out_sparse),
+                    as_const(outputs.out_linear),
+                    outputs.lse,
+                    outputs.k_mean,
+                    {outputs.routing.blocks, nullptr}};
+  Gradients gradients;
+  gradients.d_q = view_of(tensors[7]);
+  gradients.d_k = view_of(tensors[8]);
+  gradients.d_v = view_of(tensors[9]);
+
+  std::vector<StageTime> stages;
+  std::vector<std::vector<double>> samples;
+  for (std::int64_t round = 0; round <= options.repeats; ++round) {
+    std::size_t at = 0;
+    for (const char* pass : {"forward", "backward"}) {
+      marks.clear();
+      timer.flush();
+      marks.emplace_back("", timer.mark());
+      if (std::string_view(pass) == "forward") {
+        forward(problem, inputs, outputs, context);
+      } else {
+        backward(problem, inputs, saved, as_const(view_of(tensors[3])), gradients, context);
+      }
+      synchronize(run.device);
+      for (std::size_t i = 1; i < marks.size(); ++i, ++at) {
+        if (at == stages.size()) {
+          stages.push_back({.pass = pass, .stage = marks[i].first});
+          samples.emplace_back();
+        }
+        if (round > 0) {
+          samples[at].push_back(marks[i - 1].second.elapsedTime(marks[i].second) * 1e-3);
+        }
+      }
+    }
+  }
+  for (std::size_t i = 0; i < stages.size(); ++i) stages[i].seconds = quartiles(samples[i]);
+  return stages;
+}
+
 }  // namespace
 
 OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
@@ -179,15 +337,29 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
          .seconds = {}});
   };
   const Config config = options.config;
-  add("sla2", torch::kFloat32, [config](const auto& q, const auto& k, const auto& v) {
+  const Attend ours = [config](const auto& q, const auto& k, const auto& v) {
     return nn::attention(q, k, v, {}, config);
-  });
+  };
   const Attend full = [](const auto& q, const auto& k, const auto& v) {
     return at::scaled_dot_product_attention(q, k, v);
   };
-  add("torch sdpa fp32", torch::kFloat32, full);
-  add("torch sdpa bf16", torch::kBFloat16, full);
+  if (run.device.is_cuda()) {
+    const auto only = [&](bool flash) -> Attend {
+      return [=](const auto& q, const auto& k, const auto& v) {
+        const SdpaChoice choice(flash);
+        return full(q, k, v);
+      };
+    };
+    add("sla2", torch::kBFloat16, ours);
+    add("torch flash bf16", torch::kBFloat16, only(true));
+    add("torch cudnn bf16", torch::kBFloat16, only(false));
+  } else {
+    add("sla2", torch::kFloat32, ours);
+    add("torch sdpa fp32", torch::kFloat32, full);
+    add("torch sdpa bf16", torch::kBFloat16, full);
+  }
   measure(cases, options.repeats, run);
+  if (run.device.is_cuda()) result.stages = time_stages(options, run);
   result.rows = rows_of(cases, "sla2");
   return result;
 }

@@ -24,6 +24,12 @@ struct BenchRow {
   double speed_up = 0;  // of SLA2 over this row
 };
 
+/// One launch of the CUDA backend within a pass.
+struct StageTime {
+  std::string pass, stage;
+  Quartiles seconds;
+};
+
 struct OpBenchOptions {
   std::array<std::int64_t, 4> shape{1, 1, 8192, 128};  // B, H, N, D
   Config config;
@@ -33,6 +39,7 @@ struct OpBenchOptions {
 struct OpBenchResult {
   double error = 0;  // relative L2 against the reference implementation, up to 1024 tokens
   std::vector<BenchRow> rows;
+  std::vector<StageTime> stages;  // on a GPU
 };
 
 /// Verifies once, then times. Throws sla2::Error, also when the result is wrong.

@@ -8,6 +8,7 @@ from .attention import (
     info,
     route,
     scaled_dot_product_attention,
+    self_test,
 )
 from .config import Config
 from .module import Attention
@@ -24,4 +25,5 @@ __all__ = [
     "info",
     "route",
     "scaled_dot_product_attention",
+    "self_test",
 ]

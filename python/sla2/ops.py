@@ -19,7 +19,7 @@ _DIFFERENTIABLE = ("q", "k", "v", "proj_q", "proj_k", "alpha_logit", "proj_out")
 _RESULTS = ("q", "k", "v", "alpha_logit", "proj_q", "proj_k", "proj_out")
 
 
-def _load() -> None:
+def _load() -> bool:
     if not hasattr(torch.ops.sla2, "forward"):
         if not _LIBRARY.exists():
             raise ImportError(f"{_LIBRARY} does not exist: build it with `make setup`")
@@ -29,9 +29,10 @@ def _load() -> None:
     if (found["version"], found["options"], found["numbers"]) != expected:
         raise ImportError(f"{_LIBRARY} is of version {found['version']}, this package is "
                           f"{VERSION}: build it again with `make setup`")
+    return any(one["device"] == "cuda" for one in found["implementations"])
 
 
-_load()
+HAS_CUDA = _load()  # this build has kernels for GPUs
 
 
 @contextmanager
