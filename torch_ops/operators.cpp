@@ -1,6 +1,8 @@
 // The operators: schemas, and their CPU kernels. Autograd lives with the callers (Python and
-// libtorch): the stable ABI has none. A CUDA registration is one more STABLE_TORCH_LIBRARY_IMPL of
-// the same functions, with a device guard and the current stream in make_context().
+// libtorch): the stable ABI has none. Each kernel reads its tensors into Arguments, allocates the
+// results and makes a Run: the executor over torch's threads, the workspace from torch's allocator
+// and the Context of both. A CUDA registration is one more STABLE_TORCH_LIBRARY_IMPL of the same
+// functions, with a device guard and the current stream in Run's context.
 #include "operators.h"
 
 #include <cstddef>
