@@ -17,8 +17,9 @@ lint: setup
 	@tools/lint.sh
 
 format: setup
-	@git ls-files -z '*.cpp' '*.h' | xargs -0 clang-format -i
-	@.venv/bin/ruff check --fix python tests
+	@git ls-files -z '*.cpp' '*.h' '*.inc' | xargs -0 clang-format -i
+	@.venv/bin/ruff check --fix --quiet python tests
+	@.venv/bin/ruff format --quiet python tests
 
 wheel: setup
 	@.venv/bin/pip wheel . --no-deps --wheel-dir dist

@@ -108,6 +108,7 @@ Child::Child(const ProcessOptions& options) : buffer_(std::size_t{1} << 16) {
 void Child::start(const std::vector<std::string>& arguments, const Descriptor& input,
                   const Descriptor& output, const Descriptor& error) {
   std::vector<char*> argv;
+  argv.reserve(arguments.size() + 1);
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
 

@@ -228,7 +228,7 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
   state_->parse(state_->mapping, path.string());
 }
 
-SafetensorsFile::SafetensorsFile(std::span<const std::byte> bytes, std::string name)
+SafetensorsFile::SafetensorsFile(std::span<const std::byte> bytes, const std::string& name)
     : state_(std::make_unique<State>()) {
   state_->parse(bytes, name);
 }
@@ -248,6 +248,7 @@ void write_safetensors(const std::filesystem::path& path,
                        const std::map<std::string, TensorEntry>& tensors,
                        const std::map<std::string, std::string>& metadata) {
   std::vector<const std::pair<const std::string, TensorEntry>*> order;
+  order.reserve(tensors.size());
   for (const auto& tensor : tensors) order.push_back(&tensor);
   // The map is sorted by name; the largest elements first keep every tensor aligned to its own.
   std::stable_sort(order.begin(), order.end(), [](const auto* a, const auto* b) {

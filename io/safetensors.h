@@ -41,7 +41,7 @@ class SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);
   /// Parses a file's bytes in memory (tests, fuzzing); `bytes` must outlive the object.
-  SafetensorsFile(std::span<const std::byte> bytes, std::string name);
+  SafetensorsFile(std::span<const std::byte> bytes, const std::string& name);
   ~SafetensorsFile();
   SafetensorsFile(SafetensorsFile&&) noexcept;
   SafetensorsFile& operator=(SafetensorsFile&&) noexcept;

@@ -13,6 +13,9 @@
 namespace sla2::io {
 namespace {
 
+constexpr const char* kToVideoColours =
+    "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int";
+
 void check_frames(const Frames& frames, int crf) {
   constexpr std::int64_t kMaxSide = 16384;
   constexpr std::int64_t kMaxCount = std::int64_t{1} << 30;  // times a frame: under 2^63
@@ -83,8 +86,7 @@ void write_mp4(const std::filesystem::path& path, const Frames& frames, int crf)
                        "-i",
                        "pipe:0",
                        "-vf",
-                       "scale=out_color_matrix=bt709:out_range=tv:"
-                       "flags=bicubic+accurate_rnd+full_chroma_int",
+                       kToVideoColours,
                        "-colorspace",
                        "bt709",
                        "-color_primaries",

@@ -1,5 +1,7 @@
 // The operators: schemas, and their kernels, one set of functions for CPU and CUDA. Autograd lives
-// with the callers (Python and libtorch): the stable ABI has none.
+// with the callers (Python and libtorch): the stable ABI has none. Each kernel reads its tensors
+// into Arguments, allocates the results and makes a Run: the executor over torch's threads, the
+// workspace from torch's allocator, the current stream on a GPU, and the Context of all.
 #include "operators.h"
 
 #include <cstddef>

@@ -32,11 +32,20 @@ class AttentionParts(NamedTuple):
     blocks: Tensor  # int32 [B, H, M, L]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, proj_q: Tensor | None = None,
-              proj_k: Tensor | None = None, alpha_logit: Tensor | None = None, *,
-              proj_out: Tensor | None = None, config: Config = Config(),
-              protected: tuple[int, int] | None = None, key_lengths: Tensor | None = None,
-              routing: Routing | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_q: Tensor | None = None,
+    proj_k: Tensor | None = None,
+    alpha_logit: Tensor | None = None,
+    *,
+    proj_out: Tensor | None = None,
+    config: Config = Config(),
+    protected: tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+    routing: Routing | None = None,
+) -> Tensor:
     """Sparse-linear attention (Alg. 2), differentiable (Alg. 3).
 
     q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv]: one of fp32, bf16, fp16; Hkv divides H.
@@ -52,43 +61,70 @@ def attention(q: Tensor, k: Tensor, v: Tensor, proj_q: Tensor | None = None,
     proj_out and, with soft routing, proj_q and proj_k. Under autocast q, k, v are cast as torch's
     own attention does. Raises ValueError naming the argument, its rule and the value.
     """
-    call = _prepare(q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths,
-                    routing)
+    call = _prepare(
+        q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths, routing
+    )
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:7])
     return ops.forward(*call, save)[0]
 
 
-def attention_parts(q: Tensor, k: Tensor, v: Tensor, proj_q: Tensor | None = None,
-                    proj_k: Tensor | None = None, alpha_logit: Tensor | None = None, *,
-                    proj_out: Tensor | None = None, config: Config = Config(),
-                    protected: tuple[int, int] | None = None, key_lengths: Tensor | None = None,
-                    routing: Routing | None = None) -> AttentionParts:
+def attention_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_q: Tensor | None = None,
+    proj_k: Tensor | None = None,
+    alpha_logit: Tensor | None = None,
+    *,
+    proj_out: Tensor | None = None,
+    config: Config = Config(),
+    protected: tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+    routing: Routing | None = None,
+) -> AttentionParts:
     """What attention() computes with the same arguments, part by part, without gradient."""
     with torch.no_grad():
-        call = _prepare(q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected,
-                        key_lengths, routing)
+        call = _prepare(
+            q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths, routing
+        )
         out, out_sparse, out_linear, lse, _, blocks, _ = ops.forward(*call, True)
-    return AttentionParts(out, out_sparse, out_linear, lse,
-                          blocks if routing is None else routing.blocks)
+    return AttentionParts(
+        out, out_sparse, out_linear, lse, blocks if routing is None else routing.blocks
+    )
 
 
-def route(q: Tensor, k: Tensor, proj_q: Tensor | None = None, proj_k: Tensor | None = None, *,
-          config: Config = Config(), protected: tuple[int, int] | None = None,
-          key_lengths: Tensor | None = None) -> Routing:
+def route(
+    q: Tensor,
+    k: Tensor,
+    proj_q: Tensor | None = None,
+    proj_k: Tensor | None = None,
+    *,
+    config: Config = Config(),
+    protected: tuple[int, int] | None = None,
+    key_lengths: Tensor | None = None,
+) -> Routing:
     """The routing that attention() computes (Eq. 15-17), without gradient. Arguments as there."""
     with torch.no_grad():
-        call = _prepare(q, k, None, proj_q, proj_k, None, None, config, protected, key_lengths,
-                        None)
+        call = _prepare(
+            q, k, None, proj_q, proj_k, None, None, config, protected, key_lengths, None
+        )
         q, k, _, proj_q, proj_k, _, _, key_lengths, _, _, options, numbers = call
         blocks, logits = ops.route(q, k, proj_q, proj_k, key_lengths, options, numbers)
         return Routing(blocks, torch.sigmoid(logits) if config.routing == "soft" else None)
 
 
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
-                                 attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-                                 is_causal: bool = False, scale: float | None = None,
-                                 enable_gqa: bool = False, *,
-                                 config: Config = Config()) -> Tensor:
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    config: Config = Config(),
+) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention's signature over attention().
 
     query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]; Hkv < H needs enable_gqa. A
@@ -96,8 +132,10 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
     causal.
     """
     if attn_mask is not None:
-        raise ValueError(f"attn_mask must be None: SLA2 has no mask, got a tensor of shape "
-                         f"{list(attn_mask.shape)}")
+        raise ValueError(
+            f"attn_mask must be None: SLA2 has no mask, got a tensor of shape "
+            f"{list(attn_mask.shape)}"
+        )
     if dropout_p != 0.0:
         raise ValueError(f"dropout_p must be 0: SLA2 has no dropout, got {dropout_p}")
     if is_causal:
@@ -105,8 +143,10 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
     _check_rank4("query", query)
     _check_rank4("key", key)
     if query.shape[1] != key.shape[1] and not enable_gqa:
-        raise ValueError(f"key must have query's {query.shape[1]} heads unless enable_gqa is True, "
-                         f"got {key.shape[1]}")
+        raise ValueError(
+            f"key must have query's {query.shape[1]} heads unless enable_gqa is True, "
+            f"got {key.shape[1]}"
+        )
     if scale is not None:
         config = Config(**{**vars(config), "scale": scale})
     return attention(query, key, value, config=config)
@@ -115,8 +155,12 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
 def info() -> dict:
     """Version, threads and implementations: each with the reason why it is not used, or ""."""
     found = json.loads(torch.ops.sla2.info())
-    return {"version": found["version"], "torch": torch.__version__, "threads": found["threads"],
-            "implementations": found["implementations"]}
+    return {
+        "version": found["version"],
+        "torch": torch.__version__,
+        "threads": found["threads"],
+        "implementations": found["implementations"],
+    }
 
 
 def self_test(use_cache: bool = True) -> list[dict]:
@@ -158,8 +202,9 @@ def _check_activations(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} must have q's type {q.dtype}, got {tensor.dtype}")
         if tensor.device.type == "cuda" and not ops.HAS_CUDA:
-            raise ValueError(f"{name} must be on the CPU: this build has no CUDA backend, got "
-                             f"{tensor.device}")
+            raise ValueError(
+                f"{name} must be on the CPU: this build has no CUDA backend, got {tensor.device}"
+            )
         if tensor.device.type not in ("cpu", "cuda", "meta"):
             raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
         if tensor.device != q.device:
@@ -171,34 +216,46 @@ def _check_activations(q: Tensor, k: Tensor, v: Tensor | None) -> None:
             what = "value_dim" if name == "v" else "head_dim"
             raise ValueError(f"{what} must be a multiple of 16 up to 256, got {size} in {name}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"k must have shape [{q.shape[0]}, Hkv, Nk, {q.shape[3]}] to go with q, "
-                         f"got {list(k.shape)}")
+        raise ValueError(
+            f"k must have shape [{q.shape[0]}, Hkv, Nk, {q.shape[3]}] to go with q, "
+            f"got {list(k.shape)}"
+        )
     if q.shape[1] % k.shape[1] != 0:
-        raise ValueError(f"k must have a number of heads that divides q's {q.shape[1]}, "
-                         f"got {k.shape[1]}")
+        raise ValueError(
+            f"k must have a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}"
+        )
     if v is not None and v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have shape {list(k.shape[:3])} + [Dv] to go with k, "
-                         f"got {list(v.shape)}")
+        raise ValueError(
+            f"v must have shape {list(k.shape[:3])} + [Dv] to go with k, got {list(v.shape)}"
+        )
 
 
 def _prepare_alpha(alpha_logit: Tensor, heads: int, q_blocks: int) -> Tensor:
     if alpha_logit.dim() != 2 or alpha_logit.shape[0] != heads or alpha_logit.shape[1] < 1:
-        raise ValueError(f"alpha_logit must have shape [{heads}, M] or [{heads}, 1], "
-                         f"got {list(alpha_logit.shape)}")
+        raise ValueError(
+            f"alpha_logit must have shape [{heads}, M] or [{heads}, 1], "
+            f"got {list(alpha_logit.shape)}"
+        )
     if alpha_logit.shape[1] in (1, q_blocks):
         return alpha_logit
-    return F.interpolate(alpha_logit.float()[None], size=q_blocks, mode="linear",
-                         align_corners=False)[0]
+    return F.interpolate(
+        alpha_logit.float()[None], size=q_blocks, mode="linear", align_corners=False
+    )[0]
 
 
 def _check_range(protected, k_tokens) -> tuple[int, int] | None:
     if protected is None:
         return None
-    good = (isinstance(protected, (tuple, list)) and len(protected) == 2
-            and all(isinstance(x, int) for x in protected))
+    good = (
+        isinstance(protected, (tuple, list))
+        and len(protected) == 2
+        and all(isinstance(x, int) for x in protected)
+    )
     if not good or not 0 <= protected[0] <= protected[1] <= k_tokens:
-        raise ValueError(f"protected must be (start, end) with 0 <= start <= end <= {k_tokens}, "
-                         f"got {protected!r}")
+        raise ValueError(
+            f"protected must be (start, end) with 0 <= start <= end <= {k_tokens}, "
+            f"got {protected!r}"
+        )
     return tuple(protected)
 
 
@@ -224,8 +281,9 @@ def _prepare_routing(routing, config, shape) -> tuple[Tensor | None, Tensor | No
     return None, torch.logit(routing.weights.detach().float())
 
 
-def _prepare(q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths,
-             routing):
+def _prepare(
+    q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths, routing
+):
     """Checks, and the arguments of sla2::forward but for `save`."""
     if not isinstance(config, Config):
         raise ValueError(f"config must be a sla2.Config, got {type(config).__name__}")
@@ -235,12 +293,15 @@ def _prepare(q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, 
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     _check_activations(q, k, v)
     heads, d = q.shape[1], q.shape[3]
-    _check_method(config, {"proj_q": proj_q, "proj_k": proj_k, "alpha_logit": alpha_logit,
-                           "proj_out": proj_out})
+    _check_method(
+        config,
+        {"proj_q": proj_q, "proj_k": proj_k, "alpha_logit": alpha_logit, "proj_out": proj_out},
+    )
     for name, projection in (("proj_q", proj_q), ("proj_k", proj_k)):
         if projection is not None:
-            _check_shape(name, projection, f"[{d}, {d}] or [{heads}, {d}, {d}]", (d, d),
-                         (heads, d, d))
+            _check_shape(
+                name, projection, f"[{d}, {d}] or [{heads}, {d}, {d}]", (d, d), (heads, d, d)
+            )
     if proj_q is not None and proj_k is not None and proj_q.dim() != proj_k.dim():
         proj_q, proj_k = proj_q.expand(heads, d, d), proj_k.expand(heads, d, d)
     if proj_out is not None:
@@ -256,5 +317,17 @@ def _prepare(q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, 
     if alpha_logit is not None:
         alpha_logit = _prepare_alpha(alpha_logit, heads, q_blocks)
     blocks, logits = _prepare_routing(routing, config, (*q.shape[:2], q_blocks, width, k_blocks))
-    return (q, k, v, proj_q, proj_k, alpha_logit, proj_out, key_lengths, blocks, logits, options,
-            numbers)
+    return (
+        q,
+        k,
+        v,
+        proj_q,
+        proj_k,
+        alpha_logit,
+        proj_out,
+        key_lengths,
+        blocks,
+        logits,
+        options,
+        numbers,
+    )

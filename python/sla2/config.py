@@ -64,8 +64,12 @@ class Config:
         _require(_is_positive(self.tau), "tau", "positive and finite", self.tau)
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            _require(isinstance(value, str) and value in choices, name,
-                     "one of " + ", ".join(map(repr, choices)), value)
+            _require(
+                isinstance(value, str) and value in choices,
+                name,
+                "one of " + ", ".join(map(repr, choices)),
+                value,
+            )
 
 
 def _is_number(value) -> bool:
@@ -86,8 +90,10 @@ def pack(config: Config, protected: tuple[int, int] | None) -> tuple[list[int], 
     enums = [choices.index(getattr(config, name)) for name, choices in _CHOICES.items()]
     begin, end = protected or (0, 0)
     scale = 0.0 if config.scale is None else float(config.scale)
-    return ([config.block_q, config.block_k, *enums, begin, end],
-            [float(config.keep), float(config.tau), scale])
+    return (
+        [config.block_q, config.block_k, *enums, begin, end],
+        [float(config.keep), float(config.tau), scale],
+    )
 
 
 def unpack(options: list[int], numbers: list[float]) -> tuple[Config, tuple[int, int]]:

@@ -19,8 +19,15 @@ class Attention(nn.Module):
     between calls. Raises ValueError naming the argument, its rule and the value.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, seq_len: int, config: Config = Config(),
-                 router: str = "layer", alpha: str = "block") -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        seq_len: int,
+        config: Config = Config(),
+        router: str = "layer",
+        alpha: str = "block",
+    ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("seq_len", seq_len)):
             if not isinstance(value, int) or value < 1:
@@ -45,9 +52,24 @@ class Attention(nn.Module):
         blocks = -(-seq_len // config.block_q) if alpha == "block" else 1
         self.alpha_logit = nn.Parameter(torch.zeros(num_heads, blocks))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, protected: tuple[int, int] | None = None,
-                key_lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        protected: tuple[int, int] | None = None,
+        key_lengths: Tensor | None = None,
+    ) -> Tensor:
         """q [B, H, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, D] -> [B, H, Nq, D]."""
-        return attention(q, k, v, self.proj_q, self.proj_k, self.alpha_logit,
-                         proj_out=self.proj_out, config=self.config, protected=protected,
-                         key_lengths=key_lengths)
+        return attention(
+            q,
+            k,
+            v,
+            self.proj_q,
+            self.proj_k,
+            self.alpha_logit,
+            proj_out=self.proj_out,
+            config=self.config,
+            protected=protected,
+            key_lengths=key_lengths,
+        )

@@ -27,8 +27,10 @@ def _load() -> bool:
     found = json.loads(torch.ops.sla2.info())
     expected = (VERSION, list(OPTION_NAMES), list(NUMBER_NAMES))
     if (found["version"], found["options"], found["numbers"]) != expected:
-        raise ImportError(f"{_LIBRARY} is of version {found['version']}, this package is "
-                          f"{VERSION}: build it again with `make setup`")
+        raise ImportError(
+            f"{_LIBRARY} is of version {found['version']}, this package is "
+            f"{VERSION}: build it again with `make setup`"
+        )
     return any(one["device"] == "cuda" for one in found["implementations"])
 
 
@@ -99,25 +101,68 @@ def _(q, k, proj_q, proj_k, key_lengths, options, numbers):
 
 
 @torch.library.register_fake("sla2::forward")
-def _(q, k, v, proj_q, proj_k, alpha_logit, proj_out, key_lengths, blocks, logits, options,
-      numbers, save):
+def _(
+    q,
+    k,
+    v,
+    proj_q,
+    proj_k,
+    alpha_logit,
+    proj_out,
+    key_lengths,
+    blocks,
+    logits,
+    options,
+    numbers,
+    save,
+):
     features = v.shape[3]
     out = _empty_like_layout(q, features)
     used = q.new_empty(0, dtype=torch.int32), q.new_empty(0, dtype=torch.float32)
     if not save:
-        return (out, q.new_empty(0), q.new_empty(0), q.new_empty(0, dtype=torch.float32),
-                q.new_empty(0, dtype=torch.float32), *used)
+        return (
+            out,
+            q.new_empty(0),
+            q.new_empty(0),
+            q.new_empty(0, dtype=torch.float32),
+            q.new_empty(0, dtype=torch.float32),
+            *used,
+        )
     if blocks is None and logits is None:
         used = _fake_routing(q, k, options, numbers)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     k_mean = q.new_empty(k.shape[0], k.shape[1], k.shape[3], dtype=torch.float32)
-    return (out, _empty_like_layout(q, features), _empty_like_layout(q, features), lse, k_mean,
-            *used)
+    return (
+        out,
+        _empty_like_layout(q, features),
+        _empty_like_layout(q, features),
+        lse,
+        k_mean,
+        *used,
+    )
 
 
 @torch.library.register_fake("sla2::backward")
-def _(d_out, q, k, v, proj_q, proj_k, alpha_logit, proj_out, key_lengths, out_sparse, out_linear,
-      lse, k_mean, blocks, logits, options, numbers, wanted):
+def _(
+    d_out,
+    q,
+    k,
+    v,
+    proj_q,
+    proj_k,
+    alpha_logit,
+    proj_out,
+    key_lengths,
+    out_sparse,
+    out_linear,
+    lse,
+    k_mean,
+    blocks,
+    logits,
+    options,
+    numbers,
+    wanted,
+):
     inputs = (q, k, v, alpha_logit, proj_q, proj_k, proj_out)
     results = []
     for bit, tensor in enumerate(inputs):
@@ -143,8 +188,11 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     if save:
-        routing = ((None, used_logits if logits is None else logits) if ctx.soft else
-                   (used_blocks if blocks is None else blocks, None))
+        routing = (
+            (None, used_logits if logits is None else logits)
+            if ctx.soft
+            else (used_blocks if blocks is None else blocks, None)
+        )
         ctx.save_for_backward(*tensors, out_sparse, out_linear, lse, k_mean, *routing)
 
 
@@ -158,12 +206,15 @@ def _backward(ctx, d_out, *_):
     needed = dict(zip(_DIFFERENTIABLE, ctx.needs_input_grad[:7], strict=True))
     for name in ("proj_q", "proj_k"):
         needed[name] = needed[name] and ctx.learns_router
-    wanted = sum(1 << bit for bit, name in enumerate(_RESULTS)
-                 if inputs[name] is not None and needed[name])
+    wanted = sum(
+        1 << bit for bit, name in enumerate(_RESULTS) if inputs[name] is not None and needed[name]
+    )
     results = backward(d_out, *saved, ctx.options, ctx.numbers, wanted)
     gradients = dict(zip(_RESULTS, results, strict=True))
-    result = [gradients[name].to(tensor.dtype) if tensor is not None and needed[name] else None
-              for name, tensor in inputs.items()]
+    result = [
+        gradients[name].to(tensor.dtype) if tensor is not None and needed[name] else None
+        for name, tensor in inputs.items()
+    ]
     return (*result, *(None,) * 6)
 
 

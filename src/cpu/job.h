@@ -147,8 +147,7 @@ extern const Kernels kKernels;
 }
 
 /// Bytes that one worker of any stage needs.
-std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_q,
-                           std::int64_t block_k, std::int64_t k_blocks);
+std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k);
 
 /// Query rows that a stage holds at once, and keys of one chunk of the softmax.
 inline constexpr std::int64_t kPanel = 64;         // columns of h side by side

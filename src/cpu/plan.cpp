@@ -50,14 +50,13 @@ void fill_options(const Problem& p, Pass pass, Job& job) {
 
 }  // namespace
 
-std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t /*block_q*/,
-                           std::int64_t bk, std::int64_t /*k_blocks*/) {
+std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k) {
   const std::int64_t tile = kRowTile * (3 * d + 3 * dv + 2 * kChunkKeys + 3);
-  const std::int64_t pack = bk * (2 * d + dv) + d * dv;
-  const std::int64_t queries = kRowTile * (2 * bk + 3 * d + dv) + 2 * d * dv + d;
-  const std::int64_t sparse_keys = 2 * kRowTile * bk + bk * (d + dv);
-  const std::int64_t products = 256 * 256 + kBlockTile * 256;
-  const std::int64_t linear_keys = bk * (3 * d + dv) + d * dv;
+  const std::int64_t pack = block_k * (2 * d + dv) + d * dv;
+  const std::int64_t queries = kRowTile * (2 * block_k + 3 * d + dv) + 2 * d * dv + d;
+  const std::int64_t sparse_keys = 2 * kRowTile * block_k + block_k * (d + dv);
+  const std::int64_t products = 256 * (256 + kBlockTile);
+  const std::int64_t linear_keys = block_k * (3 * d + dv) + d * dv;
   const std::int64_t floats =
       std::max({tile, pack, queries, sparse_keys, products, linear_keys}) + 16;
   return (floats * 4 + 63) / 64 * 64;
@@ -77,7 +76,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, std::int64_t int
   const std::int64_t state = d * dv + d;
   const bool back = pass == Pass::kBackward;
 
-  job.scratch_bytes = scratch_bytes(d, dv, job.block_q, job.block_k, T);
+  job.scratch_bytes = scratch_bytes(d, dv, job.block_k);
   job.scratch = arena.take<std::byte>(workers * job.scratch_bytes);
   job.k_block_sums = arena.take<float>(T * d);
   job.k_mean = arena.take<float>(d);

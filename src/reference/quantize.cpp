@@ -112,6 +112,7 @@ QuantizedOperands quantize(const Problem& problem, const Operands<Real>& operand
   const LowBit values = low_bit(int8, operands, smooth(int8, operands), Arithmetic::kInt8);
   const auto integers = [](const std::vector<float>& x) {
     std::vector<std::int8_t> out;
+    out.reserve(x.size());
     for (const float value : x) out.push_back(static_cast<std::int8_t>(value));
     return out;
   };

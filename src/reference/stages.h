@@ -129,7 +129,7 @@ void sparse_forward(const Problem& problem, const Head<Real>& head,
 /// int8 and fp8. The chunk is 16 routed blocks; p is quantised against the chunk's own maximum.
 template <typename Real>
 void sparse_forward_low_bit(const Problem& problem, const Head<Real>& head,
-                            const BlockWeights<Real>& weights, const LowBit& operands,
+                            const BlockWeights<Real>& weights, const LowBit& low,
                             Arithmetic arithmetic,
                             Real* out,   // [Nq, dv] o_s
                             Real* lse);  // [Nq]

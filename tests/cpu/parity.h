@@ -59,4 +59,16 @@ void expect_close(const char* what, const std::vector<Ours>& ours, const std::ve
   EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
 }
 
+/// One call: what is not set is small_problem's.
+struct ParityCase {
+  std::string name;
+  Problem problem;
+  Layout layout = Layout::kDense;
+  std::vector<std::int64_t> key_lengths;
+};
+
+/// Forward and backward of an implementation against the reference in double, under the routing
+/// that the implementation chose; the naive run is the reference in float and in the same format.
+void expect_parity(const char* implementation, const ParityCase& c);
+
 }  // namespace sla2::test

@@ -8,18 +8,11 @@
 #include <gtest/gtest.h>
 
 #include "core/problems.h"
-#include "reference/reference.h"
 
 namespace sla2::test {
 namespace {
 
-/// One call: what is not set is small_problem's.
-struct Case {
-  std::string name;
-  Problem problem;
-  Layout layout = Layout::kDense;
-  std::vector<std::int64_t> key_lengths;
-};
+using Case = ParityCase;
 
 std::vector<Case> size_cases() {
   std::vector<Case> cases;
@@ -113,82 +106,12 @@ std::vector<Case> option_cases() {
 
 class Parity : public testing::TestWithParam<std::tuple<const char*, Case>> {};
 
-template <typename Real>
-reference::RoutingResult<Real> routing_of(const Call& call) {
-  reference::RoutingResult<Real> routing;
-  const auto logits = call.logits.values();
-  const auto blocks = call.blocks.values();
-  routing.logits.assign(logits.begin(), logits.end());
-  for (const double x : blocks) routing.blocks.push_back(static_cast<std::int32_t>(x));
-  return routing;
-}
-
-template <typename Real>
-reference::ForwardResult<Real> saved_of(Call& call, const std::vector<Real>& scores) {
-  const auto copy = [](const std::vector<double>& x) {
-    return std::vector<Real>(x.begin(), x.end());
-  };
-  reference::ForwardResult<Real> saved;
-  saved.out_sparse = copy(call.out_sparse.values());
-  saved.out_linear = copy(call.out_linear.values());
-  saved.lse = copy(call.lse.values());
-  saved.k_mean = copy(call.k_mean.values());
-  saved.routing = routing_of<Real>(call);
-  saved.routing.scores = scores;
-  return saved;
-}
-
-template <typename Real>
-reference::GradientResult<Real> naive_backward(Call& call) {
-  const auto operands = call.operands<Real>();
-  const auto d_out = call.d_out.values();
-  std::vector<Real> scores;
-  if (call.problem.config.routing == RoutingMode::kSoft) {
-    scores = reference::route(call.problem, operands).scores;
-  }
-  return reference::backward(call.problem, operands, saved_of<Real>(call, scores),
-                             std::vector<Real>(d_out.begin(), d_out.end()));
-}
-
-/// Query rows of bf16 inputs with a sparse branch in fp32 arithmetic are exact products all the
-/// same.
 TEST_P(Parity, ForwardAndBackward) {
   const auto& [name, c] = GetParam();
   Problem problem = c.problem;
   problem.implementation = name;
   SLA2_SKIP_IF_REFUSED(problem, Pass::kForward);
-  Call call(problem, 7, c.layout, c.key_lengths);
-  const auto executor = make_thread_pool(2);
-  call.run_forward(*executor);
-
-  Problem exact_problem = problem;
-  exact_problem.config.precision = Precision::kFp32;
-  const auto given = routing_of<double>(call);
-  const auto given_float = routing_of<float>(call);
-  const auto exact = reference::forward(exact_problem, call.operands<double>(), &given);
-  const auto naive = reference::forward(problem, call.operands<float>(), &given_float);
-  const DType dtype = problem.dtype;
-  expect_close("out", call.out.values(), naive.out, exact.out, dtype);
-  expect_close("out_sparse", call.out_sparse.values(), naive.out_sparse, exact.out_sparse, dtype);
-  expect_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear, dtype);
-  expect_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32);
-  expect_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32);
-
-  call.run_backward(*executor);
-  const auto exact_d = naive_backward<double>(call);
-  const auto naive_d = naive_backward<float>(call);
-  expect_close("d_q", call.d_q.values(), naive_d.d_q, exact_d.d_q, dtype);
-  expect_close("d_k", call.d_k.values(), naive_d.d_k, exact_d.d_k, dtype);
-  expect_close("d_v", call.d_v.values(), naive_d.d_v, exact_d.d_v, dtype);
-  const auto parameter = [&](const char* what, const Array<float>& ours, const auto& naive_of,
-                             const auto& exact_of) {
-    if (ours.size() > 0) expect_close(what, ours.values(), naive_of, exact_of, DType::kF32);
-  };
-  parameter("d_alpha_logit", call.d_alpha_logit, naive_d.d_alpha_logit, exact_d.d_alpha_logit);
-  parameter("d_proj_q", call.d_proj_q, naive_d.d_proj_q, exact_d.d_proj_q);
-  parameter("d_proj_k", call.d_proj_k, naive_d.d_proj_k, exact_d.d_proj_k);
-  parameter("d_proj_out", call.d_proj_out, naive_d.d_proj_out, exact_d.d_proj_out);
-  EXPECT_TRUE(call.guards_intact());
+  expect_parity(name, c);
 }
 
 std::string parity_name(const testing::TestParamInfo<std::tuple<const char*, Case>>& info) {

@@ -79,10 +79,15 @@ def one_head(qh, kh, vh, wq, wk, alpha, proj_out, config, protected, given):
     rows = torch.arange(len(qh)) // config.block_q
     columns = torch.arange(len(kh)) // config.block_k
     weight = m[rows][:, columns]
-    logits = scale * qh @ ks.T + torch.where(weight > 0, weight.clamp_min(1e-300).log()
-                                             if weight.dtype == torch.float64
-                                             else weight.clamp_min(1e-38).log(), -math.inf)
-    out_sparse = torch.softmax(logits, 1) @ vh
+    logits = scale * qh @ ks.T + torch.where(
+        weight > 0,
+        weight.clamp_min(1e-300).log()
+        if weight.dtype == torch.float64
+        else weight.clamp_min(1e-38).log(),
+        -math.inf,
+    )
+    attended = torch.softmax(logits, 1)
+    out_sparse = attended @ vh
     lse = torch.logsumexp(logits, 1)
 
     rest = torch.ones_like(weight) if config.linear_scope == "all" else 1 - weight
@@ -99,7 +104,7 @@ def one_head(qh, kh, vh, wq, wk, alpha, proj_out, config, protected, given):
         a = torch.sigmoid(alpha)[rows if len(alpha) > 1 else torch.zeros_like(rows), None]
         mixed = a * out_sparse + (1 - a) * out_linear
     out = torch.where(complement, mixed, out_sparse)
-    return out, out_sparse, out_linear, lse, m, scores
+    return out, out_sparse, out_linear, lse, m, scores, attended.detach()
 
 
 def weights_of_blocks(blocks, num_blocks):
@@ -109,17 +114,31 @@ def weights_of_blocks(blocks, num_blocks):
     return m.scatter(-1, index, 1.0)[..., :num_blocks]
 
 
-def dense(q, k, v, proj_q=None, proj_k=None, alpha_logit=None, *, proj_out=None, config,
-          protected=None, key_lengths=None, given=None, dtype=torch.float64):
+def dense(
+    q,
+    k,
+    v,
+    proj_q=None,
+    proj_k=None,
+    alpha_logit=None,
+    *,
+    proj_out=None,
+    config,
+    protected=None,
+    key_lengths=None,
+    given=None,
+    dtype=torch.float64,
+):
     """A dict of out, out_sparse, out_linear [B, H, Nq, dv], lse [B, H, Nq] and weights, scores
-    [B][H] (lists of [M, T]). `given`: weights [B, H, M, T] instead of the router's."""
+    (lists over B and H of [M, T]), attended (of [Nq, length]: the sparse branch's softmax).
+    `given`: weights [B, H, M, T] instead of the router's."""
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     batch, heads, q_tokens, d = q.shape
     group = heads // k.shape[1]
     identity = torch.eye(d, dtype=dtype)
     wq = identity if proj_q is None else proj_q.to(dtype)
     wk = identity if proj_k is None else proj_k.to(dtype)
-    alpha = (torch.zeros(heads, 1, dtype=dtype) if alpha_logit is None else alpha_logit.to(dtype))
+    alpha = torch.zeros(heads, 1, dtype=dtype) if alpha_logit is None else alpha_logit.to(dtype)
     dv = v.shape[3]
     out_proj = torch.zeros(dv, dv, dtype=dtype) if proj_out is None else proj_out.to(dtype)
     results = []
@@ -129,13 +148,43 @@ def dense(q, k, v, proj_q=None, proj_k=None, alpha_logit=None, *, proj_out=None,
             m = None
             if given is not None:
                 m = given[b, h, :, : -(-n // config.block_k)].to(dtype)
-            results.append(one_head(
-                q[b, h], k[b, h // group, :n], v[b, h // group, :n],
-                wq if wq.dim() == 2 else wq[h], wk if wk.dim() == 2 else wk[h], alpha[h], out_proj,
-                config, protected, m))
-    names = ("out", "out_sparse", "out_linear", "lse", "weights", "scores")
+            results.append(
+                one_head(
+                    q[b, h],
+                    k[b, h // group, :n],
+                    v[b, h // group, :n],
+                    wq if wq.dim() == 2 else wq[h],
+                    wk if wk.dim() == 2 else wk[h],
+                    alpha[h],
+                    out_proj,
+                    config,
+                    protected,
+                    m,
+                )
+            )
+    names = ("out", "out_sparse", "out_linear", "lse", "weights", "scores", "attended")
     parts = dict(zip(names, zip(*results, strict=True), strict=True))
     for name in names[:4]:
         stacked = torch.stack(parts[name])
         parts[name] = stacked.reshape(batch, heads, *stacked.shape[1:])
     return parts
+
+
+def cancelled_terms(q, k, v, attended, d_out, scale):
+    """Norms of what the sparse branch's gradients of q and k are differences of: the score's
+    gradient is p (dP - Ds), and |dP|, |Ds| are at most the products of |dO| and |v|. With one key
+    routed, dP = Ds and the exact gradient is zero; its rounding is not."""
+    batch, heads, _, d = q.shape
+    group = heads // k.shape[1]
+    d_q = torch.zeros(q.shape, dtype=torch.float64)
+    d_k = torch.zeros(k.shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            p = attended[b * heads + h].double()
+            n = p.shape[1]
+            keys, values = (x[b, h // group, :n].detach().double() for x in (k, v))
+            d_p = d_out[b, h].double().abs() @ values.abs().T
+            d_scores = p * (d_p + (p * d_p).sum(1, keepdim=True)) * scale
+            d_q[b, h] = d_scores @ (keys - keys.mean(0)).abs()
+            d_k[b, h // group, :n] += d_scores.T @ q[b, h].detach().double().abs()
+    return float(d_q.norm()), float(d_k.norm())

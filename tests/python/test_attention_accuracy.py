@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sla2
-from dense import dense, weights_of_blocks
+from dense import cancelled_terms, dense, weights_of_blocks
 from support import assert_close_as_naive, make_inputs, make_parameters, relative_error
 
 BASE = sla2.Config(keep=0.3, block_q=64, block_k=32, precision="fp32")
@@ -30,8 +30,10 @@ SOFT = {
     "soft_all_keys": {"linear_scope": "all"},
     "soft_keep_all": {"keep": 1.0},
 }
-CASES = {**{name: (change, "hard") for name, change in HARD.items()},
-         **{name: (change, "soft") for name, change in SOFT.items()}}
+CASES = {
+    **{name: (change, "hard") for name, change in HARD.items()},
+    **{name: (change, "soft") for name, change in SOFT.items()},
+}
 
 
 def config_of(name):
@@ -54,8 +56,9 @@ def compare(config, q, k, v, proj_q, proj_k, alpha, **options):
         given = weights_of_blocks(blocks, -(-k.shape[2] // config.block_k))
     sides = []
     for dtype in (torch.float64, torch.float32):
-        parts = dense(q, k, v, proj_q, proj_k, alpha, config=config, given=given, dtype=dtype,
-                      **options)
+        parts = dense(
+            q, k, v, proj_q, proj_k, alpha, config=config, given=given, dtype=dtype, **options
+        )
         grads = torch.autograd.grad(parts["out"], inputs, cotangent.to(dtype), allow_unused=True)
         sides.append((parts, grads))
     (exact, exact_grads), (naive, naive_grads) = sides
@@ -68,15 +71,30 @@ def compare(config, q, k, v, proj_q, proj_k, alpha, **options):
             continue
         assert_close_as_naive(getattr(parts, name), exact[name], naive[name], tokens, name)
     assert torch.equal(parts.out, out)
-    names = [n for n, t in (("q", q), ("k", k), ("v", v), ("proj_q", proj_q), ("proj_k", proj_k),
-                            ("alpha_logit", alpha), ("proj_out", options.get("proj_out")))
-             if t is not None]
+    names = [
+        n
+        for n, t in (
+            ("q", q),
+            ("k", k),
+            ("v", v),
+            ("proj_q", proj_q),
+            ("proj_k", proj_k),
+            ("alpha_logit", alpha),
+            ("proj_out", options.get("proj_out")),
+        )
+        if t is not None
+    ]
+    scale = config.scale or q.shape[3] ** -0.5
+    terms = dict(
+        zip("qk", cancelled_terms(q, k, v, exact["attended"], cotangent, scale), strict=True)
+    )
     for name, mine, expected, simple in zip(names, ours, exact_grads, naive_grads, strict=True):
         if expected is None or not expected.any():
             assert mine is None or mine.abs().max() <= 1e-6, name
             continue
-        # The gradient of a score is a difference, dP - Ds, of sums as large as dP.
-        assert_close_as_naive(mine, expected, simple, 16 * tokens, f"gradient of {name}")
+        assert_close_as_naive(
+            mine, expected, simple, tokens, f"gradient of {name}", terms.get(name, 0.0)
+        )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,6 +103,27 @@ def test_forward_and_backward(name):
     q, k, v = make_inputs(grad=True)
     parameters = make_parameters(4, 32, -(-150 // config.block_q))
     compare(config, q, k, v, *parameters)
+
+
+@pytest.mark.parametrize("name", ["default", "soft", "matched", "soft_softmax"])
+@pytest.mark.parametrize(
+    "implementation",
+    sla2.info()["implementations"],
+    ids=lambda implementation: implementation["name"],
+)
+def test_each_implementation(monkeypatch, implementation, name):
+    refusal = implementation["refusal_forward"] or implementation["refusal_backward"]
+    if refusal:
+        pytest.skip(f"{implementation['name']}: {refusal}")
+    monkeypatch.setenv("SLA2_IMPLEMENTATION", implementation["name"])
+    q, k, v = make_inputs(grad=True)
+    compare(config_of(name), q, k, v, *make_parameters(4, 32, 3))
+
+
+def test_an_unknown_implementation_is_named(monkeypatch):
+    monkeypatch.setenv("SLA2_IMPLEMENTATION", "abacus")
+    with pytest.raises(ValueError, match="got abacus"):
+        sla2.attention(*make_inputs(), config=BASE)
 
 
 @pytest.mark.parametrize("routing", ["hard", "soft"])
@@ -118,8 +157,9 @@ def test_sla():
     compare(config, q, k, v, None, None, None, proj_out=proj_out)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 16, 16), (1, 2, 1, 64, 33, 64, 16),
-                                   (1, 1, 1, 40, 200, 80, 128)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1, 16, 16), (1, 2, 1, 64, 33, 64, 16), (1, 1, 1, 40, 200, 80, 128)]
+)
 def test_shapes(shape):
     q, k, v = make_inputs(shape, grad=True)
     compare(BASE, q, k, v, *make_parameters(shape[1], shape[5], -(-shape[3] // 64)))
@@ -188,11 +228,14 @@ def test_given_routing_is_used(routing):
     assert relative_error(out, own) <= (0 if routing == "hard" else 1e-5)
     flipped = sla2.Routing(found.blocks, None if found.weights is None else found.weights.flip(-1))
     if routing == "hard":
-        flipped = sla2.Routing(torch.arange(found.blocks.shape[-1], dtype=torch.int32)
-                               .expand_as(found.blocks).contiguous(), None)
+        flipped = sla2.Routing(
+            torch.arange(found.blocks.shape[-1], dtype=torch.int32)
+            .expand_as(found.blocks)
+            .contiguous(),
+            None,
+        )
     changed = sla2.attention(q, k, v, *parameters, config=config, routing=flipped)
-    given = (flipped.weights.double() if routing == "soft"
-             else weights_of_blocks(flipped.blocks, 6))
+    given = flipped.weights.double() if routing == "soft" else weights_of_blocks(flipped.blocks, 6)
     expected = dense(q, k, v, *parameters, config=config, given=given)["out"]
     assert relative_error(changed, expected) < 1e-5
     d_proj = torch.autograd.grad(changed.sum(), parameters[:2], allow_unused=True)
@@ -275,8 +318,12 @@ def test_finite_differences(routing):
             # Along the gradient, so that the derivative is as large as it can be.
             direction = grad / grad.norm() * tensor.numel() ** 0.5
             with torch.no_grad():
-                sides = [value(*[t + s * step * direction if j == i else t
-                                 for j, t in enumerate(tensors)]) for s in (1, -1)]
+                sides = [
+                    value(
+                        *[t + s * step * direction if j == i else t for j, t in enumerate(tensors)]
+                    )
+                    for s in (1, -1)
+                ]
             numeric = float(sides[0] - sides[1]) / (2 * step)
             analytic = float((grad.double() * direction.double()).sum())
             assert abs(numeric - analytic) <= 1e-3 * abs(analytic) + 3e-3, i

@@ -18,8 +18,17 @@ CONFIGS = {"hard": HARD, "soft": SOFT, "int8": dataclasses.replace(HARD, precisi
 
 def arguments(config, grad=True):
     q, k, v = make_inputs(grad=grad)
-    return q, k, v, *make_parameters(4, 32, 3, grad=grad), None, None, None, None, *pack(config,
-                                                                                        (3, 9))
+    return (
+        q,
+        k,
+        v,
+        *make_parameters(4, 32, 3, grad=grad),
+        None,
+        None,
+        None,
+        None,
+        *pack(config, (3, 9)),
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -46,20 +55,34 @@ def test_opcheck_backward(config):
     out, out_sparse, out_linear, lse, k_mean, blocks, logits = torch.ops.sla2.forward(*call, True)
     soft = config.routing == "soft"
     wanted = 0b0111111 if soft else 0b0001111
-    torch.library.opcheck(torch.ops.sla2.backward.default, (
-        out, *call[:8], out_sparse, out_linear, lse, k_mean, None if soft else blocks,
-        logits if soft else None, *call[10:], wanted))
+    torch.library.opcheck(
+        torch.ops.sla2.backward.default,
+        (
+            out,
+            *call[:8],
+            out_sparse,
+            out_linear,
+            lse,
+            k_mean,
+            None if soft else blocks,
+            logits if soft else None,
+            *call[10:],
+            wanted,
+        ),
+    )
 
 
 @pytest.mark.parametrize("config", [HARD, SOFT], ids=["hard", "soft"])
 def test_opcheck_route(config):
     q, k, _ = make_inputs()
-    torch.library.opcheck(torch.ops.sla2.route.default, (q, k, None, None, None,
-                                                         *pack(config, None)))
+    torch.library.opcheck(
+        torch.ops.sla2.route.default, (q, k, None, None, None, *pack(config, None))
+    )
 
 
-@pytest.mark.parametrize("name,backend", [("hard", "inductor"), ("soft", "aot_eager"),
-                                          ("int8", "aot_eager")])
+@pytest.mark.parametrize(
+    "name,backend", [("hard", "inductor"), ("soft", "aot_eager"), ("int8", "aot_eager")]
+)
 def test_compile_fullgraph(name, backend):
     torch._dynamo.reset()
     config = CONFIGS[name]
@@ -82,8 +105,11 @@ def test_compile_fullgraph(name, backend):
 
 def test_compile_follows_shape_and_config():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v, config: sla2.attention(q, k, v, config=config),
-                             fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v, config: sla2.attention(q, k, v, config=config),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     for tokens in (100, 130, 190):
         for keep in (0.3, 0.5, 0.9):
             config = dataclasses.replace(HARD, keep=keep)
@@ -94,12 +120,14 @@ def test_compile_follows_shape_and_config():
 def test_compile_route_and_parts():
     torch._dynamo.reset()
     q, k, v = make_inputs()
-    parts = torch.compile(lambda *a: sla2.attention_parts(*a, config=SOFT), fullgraph=True,
-                          backend="aot_eager")(q, k, v)
+    parts = torch.compile(
+        lambda *a: sla2.attention_parts(*a, config=SOFT), fullgraph=True, backend="aot_eager"
+    )(q, k, v)
     for mine, theirs in zip(parts, sla2.attention_parts(q, k, v, config=SOFT), strict=True):
         assert torch.equal(mine, theirs)
-    routing = torch.compile(lambda *a: sla2.route(*a, config=SOFT), fullgraph=True,
-                            backend="aot_eager")(q, k)
+    routing = torch.compile(
+        lambda *a: sla2.route(*a, config=SOFT), fullgraph=True, backend="aot_eager"
+    )(q, k)
     assert torch.equal(routing.weights, sla2.route(q, k, config=SOFT).weights)
 
 
@@ -119,8 +147,9 @@ def test_autocast_casts_as_torch_attention_does(dtype):
         out = sla2.attention(q, k.bfloat16(), v, *parameters, config=HARD)
         full = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert out.dtype == full.dtype == dtype
-    by_hand = sla2.attention(q.to(dtype), k.bfloat16().to(dtype), v.to(dtype), *parameters,
-                             config=HARD)
+    by_hand = sla2.attention(
+        q.to(dtype), k.bfloat16().to(dtype), v.to(dtype), *parameters, config=HARD
+    )
     assert torch.equal(out, by_hand)
     out.float().sum().backward()
     assert q.grad.dtype == torch.float32 and parameters[2].grad.dtype == torch.float32
@@ -131,8 +160,9 @@ def test_autocast_casts_as_torch_attention_does(dtype):
 def test_autocast_compiles():
     torch._dynamo.reset()
     q, k, v = make_inputs()
-    compiled = torch.compile(lambda *a: sla2.attention(*a, config=HARD), fullgraph=True,
-                             backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: sla2.attention(*a, config=HARD), fullgraph=True, backend="aot_eager"
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(compiled(q, k, v), sla2.attention(q, k, v, config=HARD))
 
@@ -161,8 +191,9 @@ def test_activation_checkpointing(use_reentrant, config):
 
 
 def test_two_threads_at_once():
-    cases = [(make_inputs(seed=s, grad=True), CONFIGS[name])
-             for s, name in enumerate(("hard", "soft"))]
+    cases = [
+        (make_inputs(seed=s, grad=True), CONFIGS[name]) for s, name in enumerate(("hard", "soft"))
+    ]
 
     def run(case):
         (q, k, v), config = case
@@ -230,8 +261,10 @@ def test_other_last_strides_and_offsets_are_right():
     shifted = [torch.empty(t.numel() + 3)[3:].view(t.shape).copy_(t) for t in (q, k, v)]
     assert torch.equal(sla2.attention(*shifted, config=HARD), expected)
     expanded = k[:, :1].expand(-1, 2, -1, -1)
-    assert torch.equal(sla2.attention(q, expanded, v, config=HARD),
-                       sla2.attention(q, expanded.contiguous(), v, config=HARD))
+    assert torch.equal(
+        sla2.attention(q, expanded, v, config=HARD),
+        sla2.attention(q, expanded.contiguous(), v, config=HARD),
+    )
 
 
 def test_expanded_gradient_and_partial_requires_grad():
@@ -245,8 +278,9 @@ def test_expanded_gradient_and_partial_requires_grad():
 
 def test_second_derivative_is_refused():
     q, k, v = make_inputs(grad=True)
-    grad, = torch.autograd.grad(sla2.attention(q, k, v, config=HARD).square().sum(), q,
-                                create_graph=True)
+    (grad,) = torch.autograd.grad(
+        sla2.attention(q, k, v, config=HARD).square().sum(), q, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="second derivatives"):
         grad.sum().backward()
 
@@ -265,7 +299,10 @@ def test_parameters_of_any_float_type():
 def test_module():
     module = sla2.Attention(4, 32, 150, HARD, router="head")
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
-        "proj_q": (4, 32, 32), "proj_k": (4, 32, 32), "alpha_logit": (4, 3)}
+        "proj_q": (4, 32, 32),
+        "proj_k": (4, 32, 32),
+        "alpha_logit": (4, 3),
+    }
     q, k, v = make_inputs((2, 4, 2, 150, 170, 32, 32))
     assert torch.equal(module(q, k, v), sla2.attention(q, k, v, config=HARD))
     sla = sla2.Attention(4, 32, 150, dataclasses.replace(HARD, method="sla"), alpha="head")
@@ -276,8 +313,9 @@ def test_module():
 
 
 def test_pack_and_info():
-    config = sla2.Config(0.2, 32, 256, 0.5, "relu", "fp8", "soft", 0.3, "softmax", "raw", "all",
-                         "matched", "sla")
+    config = sla2.Config(
+        0.2, 32, 256, 0.5, "relu", "fp8", "soft", 0.3, "softmax", "raw", "all", "matched", "sla"
+    )
     assert unpack(*pack(config, (4, 8))) == (config, (4, 8))
     assert unpack(*pack(sla2.Config(), None)) == (sla2.Config(), (0, 0))
     found = sla2.info()

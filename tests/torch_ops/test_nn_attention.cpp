@@ -8,8 +8,8 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
-#include "attention.h"
 #include "sla2/error.h"
+#include "video/attention.h"
 
 namespace sla2::nn {
 namespace {
