@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "reference/stages.h"
@@ -21,7 +22,16 @@ struct Plain {
   const Problem& problem;
   Sizes s;
   int bits;
-  [[nodiscard]] float round(float x) const { return reference::round_significand(x, bits); }
+  std::mt19937_64* dither = nullptr;  // rounds up or down at random, by how near the two are
+  [[nodiscard]] float round(float x) const {
+    if (dither == nullptr || !std::isfinite(x) || std::abs(x) < 0x1p-100F) {
+      return reference::round_significand(x, bits);
+    }
+    int exponent = 0;
+    std::frexp(x, &exponent);
+    const float unit = std::ldexp(1.0F, exponent - bits);
+    return std::floor(x / unit + std::uniform_real_distribution<float>()(*dither)) * unit;
+  }
 
   /// [m, n] = a [m, k] b [k, n], either one stored transposed.
   [[nodiscard]] Matrix product(const Matrix& a, bool a_turned, const Matrix& b, bool b_turned,
@@ -471,8 +481,9 @@ reference::ForwardResult<float> plain16_forward(const Problem& problem,
 reference::GradientResult<float> plain16_backward(const Problem& problem,
                                                   const reference::Operands<float>& operands,
                                                   const reference::ForwardResult<float>& saved,
-                                                  const std::vector<float>& d_out) {
-  const Plain plain{problem, Sizes(problem), reference::bits_of_16(problem.dtype)};
+                                                  const std::vector<float>& d_out,
+                                                  std::mt19937_64* dither) {
+  const Plain plain{problem, Sizes(problem), reference::bits_of_16(problem.dtype), dither};
   const Sizes& s = plain.s;
   const auto smoothed = reference::smooth(problem, operands);
   const auto pooled_q = reference::pool_queries(s, operands);

@@ -3,6 +3,7 @@
 // fp32. Its error is the yardstick of the kernels' error for 16-bit inputs.
 #pragma once
 
+#include <random>
 #include <vector>
 
 #include "reference/reference.h"
@@ -16,10 +17,12 @@ reference::ForwardResult<float> plain16_forward(const Problem& problem,
                                                 const reference::Operands<float>& operands,
                                                 const reference::RoutingResult<float>& given);
 
-/// saved.routing.scores are set if the router learns.
+/// saved.routing.scores are set if the router learns. `dither`: every rounding goes up or down at
+/// random, the nearer way more often; the mean square of its error is twice that of the nearest.
 reference::GradientResult<float> plain16_backward(const Problem& problem,
                                                   const reference::Operands<float>& operands,
                                                   const reference::ForwardResult<float>& saved,
-                                                  const std::vector<float>& d_out);
+                                                  const std::vector<float>& d_out,
+                                                  std::mt19937_64* dither = nullptr);
 
 }  // namespace sla2::test
