@@ -5,13 +5,16 @@ import torch
 SEED = 20260212
 
 
-def make_inputs(shape=(2, 4, 2, 150, 170, 32, 48), dtype=torch.float32, seed=SEED, grad=False):
+def make_inputs(
+    shape=(2, 4, 2, 150, 170, 32, 48), dtype=torch.float32, seed=SEED, grad=False, device="cpu"
+):
     """q, k, v of (B, H, Hkv, Nq, Nk, D, Dv); ragged blocks unless the shape says otherwise."""
     batch, heads, kv_heads, q_tokens, k_tokens, d, dv = shape
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(*size, generator=generator).to(dtype).requires_grad_(grad)
+        values = torch.randn(*size, generator=generator).to(device, dtype)
+        return values.requires_grad_(grad)
 
     return (
         normal(batch, heads, q_tokens, d),
@@ -20,7 +23,7 @@ def make_inputs(shape=(2, 4, 2, 150, 170, 32, 48), dtype=torch.float32, seed=SEE
     )
 
 
-def make_parameters(heads, d, blocks, per_head=False, seed=SEED + 1, grad=True):
+def make_parameters(heads, d, blocks, per_head=False, seed=SEED + 1, grad=True, device="cpu"):
     """proj_q, proj_k near the identity and alpha_logit [H, blocks]."""
     generator = torch.Generator().manual_seed(seed)
     size = (heads, d, d) if per_head else (d, d)
@@ -28,7 +31,7 @@ def make_parameters(heads, d, blocks, per_head=False, seed=SEED + 1, grad=True):
         torch.eye(d).expand(size) + 0.2 * torch.randn(size, generator=generator) for _ in range(2)
     ]
     alpha = torch.randn(heads, blocks, generator=generator)
-    return [p.detach().clone().requires_grad_(grad) for p in (*proj, alpha)]
+    return [p.detach().to(device, copy=True).requires_grad_(grad) for p in (*proj, alpha)]
 
 
 def relative_error(value, expected):

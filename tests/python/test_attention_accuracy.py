@@ -41,18 +41,27 @@ def config_of(name):
     return dataclasses.replace(BASE, routing=routing, **change)
 
 
-def compare(config, q, k, v, proj_q, proj_k, alpha, **options):
-    """Both sides' forward and backward, in double and in a naive fp32 run, under our hard routing
-    (soft routing is continuous: each side computes its own)."""
+def on(device, *tensors):
+    return [None if t is None else t.to(device) for t in tensors]
+
+
+def compare(config, q, k, v, proj_q, proj_k, alpha, device="cpu", **options):
+    """Ours on a device, the leaves and the rest on the CPU. Both sides' forward and backward, in
+    double and in a naive fp32 run, under our hard routing (soft routing is continuous: each side
+    computes its own)."""
     inputs = [t for t in (q, k, v, proj_q, proj_k, alpha, options.get("proj_out")) if t is not None]
-    out = sla2.attention(q, k, v, proj_q, proj_k, alpha, config=config, **options)
+    there = on(device, q, k, v, proj_q, proj_k, alpha)
+    options_there = {
+        n: o.to(device) if isinstance(o, torch.Tensor) else o for n, o in options.items()
+    }
+    out = sla2.attention(*there, config=config, **options_there).cpu()
     generator = torch.Generator().manual_seed(3)
     cotangent = torch.randn(out.shape, generator=generator)
     ours = torch.autograd.grad(out, inputs, cotangent, allow_unused=True)
     given = None
     if config.routing == "hard":
-        route_options = {n: options[n] for n in ("protected", "key_lengths") if n in options}
-        blocks = sla2.route(q, k, proj_q, proj_k, config=config, **route_options).blocks
+        route_options = {n: options_there[n] for n in ("protected", "key_lengths") if n in options}
+        blocks = sla2.route(*there[:2], *there[3:5], config=config, **route_options).blocks.cpu()
         given = weights_of_blocks(blocks, -(-k.shape[2] // config.block_k))
     sides = []
     for dtype in (torch.float64, torch.float32):
@@ -64,7 +73,8 @@ def compare(config, q, k, v, proj_q, proj_k, alpha, **options):
     (exact, exact_grads), (naive, naive_grads) = sides
     tokens = k.shape[2]
     assert_close_as_naive(out, exact["out"], naive["out"], tokens, "out")
-    parts = sla2.attention_parts(q, k, v, proj_q, proj_k, alpha, config=config, **options)
+    parts = sla2.attention_parts(*there, config=config, **options_there)
+    parts = type(parts)(*(None if t is None else t.cpu() for t in parts))
     for name in ("out_sparse", "out_linear", "lse"):
         if name == "out_linear" and not exact[name].any():
             assert not parts.out_linear.any()
@@ -98,11 +108,11 @@ def compare(config, q, k, v, proj_q, proj_k, alpha, **options):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward_and_backward(name):
+def test_forward_and_backward(name, device):
     config = config_of(name)
     q, k, v = make_inputs(grad=True)
     parameters = make_parameters(4, 32, -(-150 // config.block_q))
-    compare(config, q, k, v, *parameters)
+    compare(config, q, k, v, *parameters, device=device)
 
 
 @pytest.mark.parametrize("name", ["default", "soft", "matched", "soft_softmax"])
@@ -117,7 +127,7 @@ def test_each_implementation(monkeypatch, implementation, name):
         pytest.skip(f"{implementation['name']}: {refusal}")
     monkeypatch.setenv("SLA2_IMPLEMENTATION", implementation["name"])
     q, k, v = make_inputs(grad=True)
-    compare(config_of(name), q, k, v, *make_parameters(4, 32, 3))
+    compare(config_of(name), q, k, v, *make_parameters(4, 32, 3), device=implementation["device"])
 
 
 def test_an_unknown_implementation_is_named(monkeypatch):
@@ -127,58 +137,60 @@ def test_an_unknown_implementation_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("routing", ["hard", "soft"])
-def test_protected_and_key_lengths(routing):
+def test_protected_and_key_lengths(routing, device):
     config = dataclasses.replace(BASE, routing=routing)
     q, k, v = make_inputs(grad=True)
     lengths = torch.tensor([170, 101])
-    compare(config, q, k, v, *make_parameters(4, 32, 3), protected=(90, 120), key_lengths=lengths)
+    parameters = make_parameters(4, 32, 3)
+    compare(config, q, k, v, *parameters, device, protected=(90, 120), key_lengths=lengths)
 
 
 @pytest.mark.parametrize("routing", ["hard", "soft"])
-def test_router_and_alpha_per_head(routing):
+def test_router_and_alpha_per_head(routing, device):
     config = dataclasses.replace(BASE, routing=routing)
     q, k, v = make_inputs(grad=True)
-    compare(config, q, k, v, *make_parameters(4, 32, 1, per_head=True))
+    compare(config, q, k, v, *make_parameters(4, 32, 1, per_head=True), device)
 
 
-def test_routers_of_different_forms():
+def test_routers_of_different_forms(device):
     config = dataclasses.replace(BASE, routing="soft")
     q, k, v = make_inputs(grad=True)
     per_layer, _, alpha = make_parameters(4, 32, 3)
     _, per_head, _ = make_parameters(4, 32, 3, per_head=True)
-    compare(config, q, k, v, per_layer, per_head, alpha)
+    compare(config, q, k, v, per_layer, per_head, alpha, device)
 
 
-def test_sla():
+def test_sla(device):
     config = dataclasses.replace(BASE, method="sla")
     q, k, v = make_inputs(grad=True)
     generator = torch.Generator().manual_seed(5)
     proj_out = (0.3 * torch.randn(48, 48, generator=generator)).requires_grad_()
-    compare(config, q, k, v, None, None, None, proj_out=proj_out)
+    compare(config, q, k, v, None, None, None, device, proj_out=proj_out)
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1, 1, 16, 16), (1, 2, 1, 64, 33, 64, 16), (1, 1, 1, 40, 200, 80, 128)]
 )
-def test_shapes(shape):
+def test_shapes(shape, device):
     q, k, v = make_inputs(shape, grad=True)
-    compare(BASE, q, k, v, *make_parameters(shape[1], shape[5], -(-shape[3] // 64)))
+    compare(BASE, q, k, v, *make_parameters(shape[1], shape[5], -(-shape[3] // 64)), device)
 
 
-def test_keep_all_is_full_attention():
-    q, k, v = make_inputs((1, 2, 2, 100, 130, 32, 32))
+def test_keep_all_is_full_attention(device):
+    q, k, v = make_inputs((1, 2, 2, 100, 130, 32, 32), device=device)
     config = dataclasses.replace(BASE, keep=1.0)
-    alpha = torch.full((2, 1), -3.0)
+    alpha = torch.full((2, 1), -3.0, device=device)
     out = sla2.attention(q, k, v, alpha_logit=alpha, config=config)
     full = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert relative_error(out, full) < 4 * 130**0.5 * 2.0**-24
 
 
-def test_route_hard_matches_scores():
+def test_route_hard_matches_scores(device):
     """Equal to the dense choice; where they differ the two scores must be nearly tied."""
     q, k, v = make_inputs((2, 4, 2, 300, 700, 32, 32))
     proj_q, proj_k, _ = make_parameters(4, 32, 1)
-    blocks = sla2.route(q, k, proj_q, proj_k, config=BASE, protected=(5, 40)).blocks
+    there = on(device, q, k, proj_q, proj_k)
+    blocks = sla2.route(*there, config=BASE, protected=(5, 40)).blocks.cpu()
     expected = dense(q, k, v, proj_q, proj_k, config=BASE, protected=(5, 40))
     assert blocks.dtype == torch.int32 and blocks.shape == (2, 4, 5, 6 + 2)
     assert (blocks.diff(dim=-1) > 0).all()
@@ -192,18 +204,20 @@ def test_route_hard_matches_scores():
         assert (distance[wrong] < 1e-5 * scores.abs().max()).all()
 
 
-def test_route_ties_go_to_the_lower_block():
-    q, k, _ = make_inputs((1, 1, 1, 64, 320, 16, 16))
+def test_route_ties_go_to_the_lower_block(device):
+    q, k, _ = make_inputs((1, 1, 1, 64, 320, 16, 16), device=device)
     blocks = sla2.route(q, torch.ones_like(k), config=BASE).blocks
     assert blocks.tolist() == [[[[0, 1, 2]]]]
 
 
 @pytest.mark.parametrize("score_norm", ["none", "softmax"])
-def test_route_soft(score_norm):
+def test_route_soft(score_norm, device):
     config = dataclasses.replace(BASE, routing="soft", score_norm=score_norm)
     q, k, v = make_inputs()
     lengths = torch.tensor([170, 65])
-    routing = sla2.route(q, k, config=config, key_lengths=lengths)
+    there = on(device, q, k, lengths)
+    routing = sla2.route(*there[:2], config=config, key_lengths=there[2])
+    routing = sla2.Routing(routing.blocks.cpu(), routing.weights.cpu())
     expected = dense(q, k, v, config=config, key_lengths=lengths)
     assert routing.weights.shape == (2, 4, 3, 6)
     for b, blocks in enumerate((6, 3)):
@@ -242,9 +256,9 @@ def test_given_routing_is_used(routing):
     assert all(g is None or not g.any() for g in d_proj)
 
 
-def test_alpha_is_resampled():
-    q, k, v = make_inputs()
-    _, _, alpha = make_parameters(4, 32, 5)
+def test_alpha_is_resampled(device):
+    q, k, v = make_inputs(device=device)
+    _, _, alpha = make_parameters(4, 32, 5, device=device)
     resampled = torch.nn.functional.interpolate(alpha[None], size=3, mode="linear")[0]
     out = sla2.attention(q, k, v, alpha_logit=alpha, config=BASE)
     assert torch.equal(out, sla2.attention(q, k, v, alpha_logit=resampled, config=BASE))
@@ -261,10 +275,11 @@ BOUNDS = {"bf16": 2 * 2.3e-3, "int8": 2 * 1.4e-2, "fp8": 2 * 3.8e-2}
 
 
 @pytest.mark.parametrize("precision", BOUNDS)
-def test_low_precision(precision):
+def test_low_precision(precision, device):
     config = dataclasses.replace(BASE, precision=precision, backward="matched")
     q, k, v = make_inputs((1, 2, 2, 200, 640, 64, 64), grad=True)
-    parts = sla2.attention_parts(q, k, v, config=config)
+    parts = sla2.attention_parts(*on(device, q, k, v), config=config)
+    parts = type(parts)(*(None if t is None else t.cpu() for t in parts))
     given = weights_of_blocks(parts.blocks, 20)
     expected = dense(q, k, v, config=config, given=given)
     error = relative_error(parts.out_sparse, expected["out_sparse"])
@@ -273,15 +288,16 @@ def test_low_precision(precision):
 
 
 @pytest.mark.parametrize("dtype,unit", [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
-def test_16_bit_inputs(dtype, unit):
+def test_16_bit_inputs(dtype, unit, device):
     """Output and saved o_s, o_l are rounded to the type, and so are the products' operands: four
     roundings forward; backward as many again, on the difference dP - Ds (twice as large)."""
     config = dataclasses.replace(BASE, precision="bf16")
     q, k, v = make_inputs(dtype=dtype, grad=True)
-    out = sla2.attention(q, k, v, config=config)
+    there = on(device, q, k, v)
+    out = sla2.attention(*there, config=config).cpu()
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     grads = torch.autograd.grad(out, (q, k, v), cotangent)
-    given = weights_of_blocks(sla2.route(q, k, config=config).blocks, 6)
+    given = weights_of_blocks(sla2.route(*there[:2], config=config).blocks.cpu(), 6)
     expected = dense(q, k, v, config=config, given=given)["out"]
     expected_grads = torch.autograd.grad(expected, (q, k, v), cotangent.double())
     assert out.dtype == dtype

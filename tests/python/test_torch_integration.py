@@ -16,13 +16,13 @@ SOFT = dataclasses.replace(HARD, routing="soft")
 CONFIGS = {"hard": HARD, "soft": SOFT, "int8": dataclasses.replace(HARD, precision="int8")}
 
 
-def arguments(config, grad=True):
-    q, k, v = make_inputs(grad=grad)
+def arguments(config, grad=True, device="cpu"):
+    q, k, v = make_inputs(grad=grad, device=device)
     return (
         q,
         k,
         v,
-        *make_parameters(4, 32, 3, grad=grad),
+        *make_parameters(4, 32, 3, grad=grad, device=device),
         None,
         None,
         None,
@@ -32,26 +32,28 @@ def arguments(config, grad=True):
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_opcheck_forward(config):
-    torch.library.opcheck(torch.ops.sla2.forward.default, (*arguments(config), True))
+def test_opcheck_forward(config, device):
+    call = arguments(config, device=device)
+    torch.library.opcheck(torch.ops.sla2.forward.default, (*call, True))
 
 
-def test_opcheck_forward_given_routing_and_layout():
-    call = list(arguments(HARD))
+def test_opcheck_forward_given_routing_and_layout(device):
+    call = list(arguments(HARD, device=device))
     call[0] = call[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    call[7] = torch.tensor([170, 33])
-    call[8] = torch.zeros(2, 4, 3, 2, dtype=torch.int32)
+    call[7] = torch.tensor([170, 33], device=device)
+    call[8] = torch.zeros(2, 4, 3, 2, dtype=torch.int32, device=device)
     call[8][..., 1] = -1
     torch.library.opcheck(torch.ops.sla2.forward.default, (*call, True))
 
 
-def test_opcheck_forward_without_saving():
-    torch.library.opcheck(torch.ops.sla2.forward.default, (*arguments(HARD, grad=False), False))
+def test_opcheck_forward_without_saving(device):
+    call = arguments(HARD, grad=False, device=device)
+    torch.library.opcheck(torch.ops.sla2.forward.default, (*call, False))
 
 
 @pytest.mark.parametrize("config", [HARD, SOFT], ids=["hard", "soft"])
-def test_opcheck_backward(config):
-    call = arguments(config, grad=False)
+def test_opcheck_backward(config, device):
+    call = arguments(config, grad=False, device=device)
     out, out_sparse, out_linear, lse, k_mean, blocks, logits = torch.ops.sla2.forward(*call, True)
     soft = config.routing == "soft"
     wanted = 0b0111111 if soft else 0b0001111
@@ -73,8 +75,8 @@ def test_opcheck_backward(config):
 
 
 @pytest.mark.parametrize("config", [HARD, SOFT], ids=["hard", "soft"])
-def test_opcheck_route(config):
-    q, k, _ = make_inputs()
+def test_opcheck_route(config, device):
+    q, k, _ = make_inputs(device=device)
     torch.library.opcheck(
         torch.ops.sla2.route.default, (q, k, None, None, None, *pack(config, None))
     )
@@ -83,11 +85,11 @@ def test_opcheck_route(config):
 @pytest.mark.parametrize(
     "name,backend", [("hard", "inductor"), ("soft", "aot_eager"), ("int8", "aot_eager")]
 )
-def test_compile_fullgraph(name, backend):
+def test_compile_fullgraph(name, backend, device):
     torch._dynamo.reset()
     config = CONFIGS[name]
-    module = sla2.Attention(4, 32, 150, config)
-    q, k, v = make_inputs((2, 4, 2, 150, 170, 32, 32), grad=True)
+    module = sla2.Attention(4, 32, 150, config).to(device)
+    q, k, v = make_inputs((2, 4, 2, 150, 170, 32, 32), grad=True, device=device)
     leaves = [q, k, v, *module.parameters()]
 
     def block(q, k, v):
@@ -117,9 +119,9 @@ def test_compile_follows_shape_and_config():
             assert torch.equal(compiled(q, k, v, config), sla2.attention(q, k, v, config=config))
 
 
-def test_compile_route_and_parts():
+def test_compile_route_and_parts(device):
     torch._dynamo.reset()
-    q, k, v = make_inputs()
+    q, k, v = make_inputs(device=device)
     parts = torch.compile(
         lambda *a: sla2.attention_parts(*a, config=SOFT), fullgraph=True, backend="aot_eager"
     )(q, k, v)
@@ -140,10 +142,10 @@ def test_fake_tensors_give_shapes_without_data():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_as_torch_attention_does(dtype):
-    q, k, v = make_inputs(grad=True)
-    parameters = make_parameters(4, 32, 3)
-    with torch.autocast("cpu", dtype=dtype):
+def test_autocast_casts_as_torch_attention_does(dtype, device):
+    q, k, v = make_inputs(grad=True, device=device)
+    parameters = make_parameters(4, 32, 3, device=device)
+    with torch.autocast(device, dtype=dtype):
         out = sla2.attention(q, k.bfloat16(), v, *parameters, config=HARD)
         full = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     assert out.dtype == full.dtype == dtype
@@ -153,25 +155,25 @@ def test_autocast_casts_as_torch_attention_does(dtype):
     assert torch.equal(out, by_hand)
     out.float().sum().backward()
     assert q.grad.dtype == torch.float32 and parameters[2].grad.dtype == torch.float32
-    with torch.autocast("cpu", dtype=dtype, enabled=False):
+    with torch.autocast(device, dtype=dtype, enabled=False):
         assert sla2.attention(q, k, v, config=HARD).dtype == torch.float32
 
 
-def test_autocast_compiles():
+def test_autocast_compiles(device):
     torch._dynamo.reset()
-    q, k, v = make_inputs()
+    q, k, v = make_inputs(device=device)
     compiled = torch.compile(
         lambda *a: sla2.attention(*a, config=HARD), fullgraph=True, backend="aot_eager"
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device, dtype=torch.bfloat16):
         assert torch.equal(compiled(q, k, v), sla2.attention(q, k, v, config=HARD))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("config", [HARD, SOFT], ids=["hard", "soft"])
-def test_activation_checkpointing(use_reentrant, config):
-    q, k, v = make_inputs(grad=True)
-    parameters = make_parameters(4, 32, 3)
+def test_activation_checkpointing(use_reentrant, config, device):
+    q, k, v = make_inputs(grad=True, device=device)
+    parameters = make_parameters(4, 32, 3, device=device)
     leaves = (q, k, v, *parameters)
 
     def run(*tensors):
@@ -190,9 +192,10 @@ def test_activation_checkpointing(use_reentrant, config):
         assert mine is None or torch.equal(mine, theirs)
 
 
-def test_two_threads_at_once():
+def test_two_threads_at_once(device):
     cases = [
-        (make_inputs(seed=s, grad=True), CONFIGS[name]) for s, name in enumerate(("hard", "soft"))
+        (make_inputs(seed=s, grad=True, device=device), CONFIGS[name])
+        for s, name in enumerate(("hard", "soft"))
     ]
 
     def run(case):
@@ -237,9 +240,11 @@ def copies(run):
     return sum(e.count for e in profile.key_averages() if e.key in ("aten::copy_", "aten::clone"))
 
 
-def test_strided_inputs_are_not_copied():
-    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in make_inputs())
-    fused = torch.randn(2, 150, 3, 4, 32).permute(2, 0, 3, 1, 4)  # a fused projection's output
+def test_strided_inputs_are_not_copied(device):
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in make_inputs(device=device))
+    fused = torch.randn(2, 150, 3, 4, 32, device=device).permute(
+        2, 0, 3, 1, 4
+    )  # a fused projection's output
     sliced = (q[..., 16:], k[:, :, ::2, :16], v[:, :, 1::2, :16])
     for inputs in ((q, k, v), tuple(fused), sliced):
         assert copies(lambda inputs=inputs: sla2.attention(*inputs, config=HARD)) == 0
@@ -253,12 +258,14 @@ def test_strided_inputs_are_not_copied():
     assert leaf.grad.stride() == q.stride()
 
 
-def test_other_last_strides_and_offsets_are_right():
-    q, k, v = make_inputs()
+def test_other_last_strides_and_offsets_are_right(device):
+    q, k, v = make_inputs(device=device)
     expected = sla2.attention(q, k, v, config=HARD)
     columns = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (q, k, v)]
     assert torch.equal(sla2.attention(*columns, config=HARD), expected)
-    shifted = [torch.empty(t.numel() + 3)[3:].view(t.shape).copy_(t) for t in (q, k, v)]
+    shifted = [
+        torch.empty(t.numel() + 3, device=device)[3:].view(t.shape).copy_(t) for t in (q, k, v)
+    ]
     assert torch.equal(sla2.attention(*shifted, config=HARD), expected)
     expanded = k[:, :1].expand(-1, 2, -1, -1)
     assert torch.equal(
@@ -267,8 +274,8 @@ def test_other_last_strides_and_offsets_are_right():
     )
 
 
-def test_expanded_gradient_and_partial_requires_grad():
-    q, k, v = make_inputs()
+def test_expanded_gradient_and_partial_requires_grad(device):
+    q, k, v = make_inputs(device=device)
     v.requires_grad_()
     out = sla2.attention(q, k, v, config=HARD)
     out.sum().backward()  # the gradient of sum() is one number, expanded
@@ -285,9 +292,10 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_parameters_of_any_float_type():
-    q, k, v = make_inputs()
-    proj_q, proj_k, alpha = (p.detach().bfloat16() for p in make_parameters(4, 32, 3))
+def test_parameters_of_any_float_type(device):
+    q, k, v = make_inputs(device=device)
+    parameters = make_parameters(4, 32, 3, device=device)
+    proj_q, proj_k, alpha = (p.detach().bfloat16() for p in parameters)
     leaves = [p.clone().requires_grad_() for p in (proj_q, proj_k, alpha)]
     out = sla2.attention(q, k, v, *leaves, config=SOFT)
     same = sla2.attention(q, k, v, *(p.float() for p in leaves), config=SOFT)
@@ -321,3 +329,33 @@ def test_pack_and_info():
     found = sla2.info()
     assert found["version"] == sla2.__version__
     assert found["implementations"][-1]["name"] == "reference"
+
+
+def test_tensors_of_two_devices_are_named(device):
+    q, k, v = make_inputs(device=device)
+    with pytest.raises(ValueError, match=f"k must be on q's device {device}.*, got meta"):
+        sla2.attention(q, k.to("meta"), v, config=HARD)
+
+
+def test_self_test(device):
+    """Compares every accelerator's kernels with the reference; there are none without a GPU."""
+    tests = sla2.self_test(use_cache=False)
+    if device == "cuda":
+        assert [t["implementation"] for t in tests] and all(t["checks"] >= 12 for t in tests)
+    elif not torch.cuda.is_available():
+        assert tests == []
+
+
+def test_graph_capture():
+    """A call is kernels on the current stream and nothing else."""
+    if not torch.cuda.is_available() or not sla2.ops.HAS_CUDA:
+        pytest.skip("CUDA graphs need a GPU that torch finds, and a build with the CUDA backend")
+    q, k, v = make_inputs(device="cuda")
+    expected = sla2.attention(q, k, v, config=HARD)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sla2.attention(q, k, v, config=HARD)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
