@@ -17,6 +17,7 @@
 #include "video/denoiser.h"
 #include "video/evaluate.h"
 #include "video/generate.h"
+#include "video/pretrain.h"
 #include "video/report/report.h"
 #include "video/tune.h"
 
@@ -81,13 +82,15 @@ json curve(const std::vector<double>& losses) {
 
 class Demo {
  public:
-  Demo(const DemoOptions& options, Run& run) : options_(options), run_(run) {}
+  Demo(const DemoOptions& options, Run& run)
+      : options_(options), run_(run), model_(options.model) {}
   json run();
 
  private:
   /// Runs a stage in its own folder, or returns what an earlier run of it left.
   json stage(const std::string& name, const json& identity,
              const std::function<json(const fs::path& folder, bool resume)>& body);
+  void train_model(const ModelCard& card);
   json calibrate_stage();
   json tune_stage(const std::string& name, Method method, std::int64_t steps);
   std::vector<Variant> variants() const;
@@ -95,7 +98,7 @@ class Demo {
   std::vector<StepTime> times();
   json report(const Comparison& comparison, const std::vector<StepTime>& times);
 
-  Denoiser load() const { return load_denoiser(options_.model, run_.device); }
+  Denoiser load() const { return load_denoiser(model_, run_.device); }
   Config config(Method method, double keep) const {
     Config config;
     config.method = method;
@@ -122,6 +125,7 @@ class Demo {
 
   const DemoOptions& options_;
   Run& run_;
+  fs::path model_;  // options_.model, or what was trained from it
   std::unique_ptr<Dataset> dataset_;
   FlowOptions flow_;
   json base_, stage1_, stage2_, sla_;
@@ -155,6 +159,37 @@ json Demo::stage(const std::string& name, const json& identity,
   io::write_file(done, result.dump(1));
   fs::remove(folder / "checkpoint.safetensors", ignored);
   return result;
+}
+
+/// A model of another size than the one given, trained from that one's weights.
+void Demo::train_model(const ModelCard& card) {
+  PretrainOptions options;
+  options.from = options_.model;
+  options.data.inputs = options_.train_inputs;
+  std::tie(options.data.frames, options.data.height, options.data.width) =
+      std::tuple_cat(options_.size);
+  options.data.fps = card.fps;
+  options.flow.prediction = prediction_from(card.prediction);
+  options.flow.shift = card.shift;
+  options.batch = options_.model_batch;
+  options.train.steps = options_.model_steps;
+  options.train.lr = options_.model_lr;
+  options.train.final_lr = 0.02;
+  options.train.warmup = std::min<std::int64_t>(20, options_.model_steps);
+  options.train.ema_decay = 0.99;
+  const json identity = {{"model", identity_of_model(options_.model)},
+                         {"size", options_.size},
+                         {"steps", options.train.steps},
+                         {"batch", options.batch},
+                         {"lr", options.train.lr},
+                         {"device", run_.device.str()},
+                         {"seed", run_.seed}};
+  const json result = stage("model", identity, [&](const fs::path& folder, bool resume) {
+    options.resume = resume && fs::exists(folder / "checkpoint.safetensors");
+    return json{{"losses", pretrain(options, folder, identity, run_).losses}};
+  });
+  stages_.push_back({{"name", "model at this size"}, {"seconds", result.at("seconds")}});
+  model_ = options_.out / "model";
 }
 
 json Demo::calibrate_stage() {
@@ -237,10 +272,10 @@ std::vector<Variant> Demo::variants() const {
   add("sla2", "calibrated", keep, options_.stage1_steps, one,
       [=, this] { return with(calibrated(keep)); });
   add("sla2", "tuned", keep, sla_steps(), stage2_.at("identity"),
-      [this] { return load_denoiser(options_.model, run_.device, options_.out / "stage2_sla2"); });
+      [this] { return load_denoiser(model_, run_.device, options_.out / "stage2_sla2"); });
   add("sla", "before", keep, 0, nullptr, [=] { return fresh(Method::kSla, keep); });
   add("sla", "tuned", keep, sla_steps(), sla_.at("identity"),
-      [this] { return load_denoiser(options_.model, run_.device, options_.out / "stage2_sla"); });
+      [this] { return load_denoiser(model_, run_.device, options_.out / "stage2_sla"); });
   for (std::size_t i = 1; i < options_.keeps.size(); ++i) {
     const double less = options_.keeps[i];
     add("sla2", "calibrated", less, options_.stage1_steps, one,
@@ -279,8 +314,7 @@ std::vector<ComparedClip> Demo::clips(const Denoiser& denoiser) const {
                     to_model_input(dataset_->first_window(i), torch::kCPU)[0]});
   }
   if (list.empty()) {
-    throw Error(
-        fmt::format("none of the clips is a caption of the model {}", options_.model.string()));
+    throw Error(fmt::format("none of the clips is a caption of the model {}", model_.string()));
   }
   return list;
 }
@@ -325,6 +359,7 @@ json Demo::report(const Comparison& comparison, const std::vector<StepTime>& tim
                      {"width", card.width},
                      {"fps", card.fps}};
   result["settings"] = {
+      {"model_steps", options_.model_steps},
       {"main_keep", main_keep()},
       {"block_q", options_.block_q},
       {"block_k", options_.block_k},
@@ -374,12 +409,16 @@ json Demo::report(const Comparison& comparison, const std::vector<StepTime>& tim
 json Demo::run() {
   if (options_.keeps.empty()) throw Error("keeps must hold at least one value, got none");
   io::make_output_folder(options_.out);
+  if (options_.model_steps > 0) {
+    const Denoiser given = load();
+    if (given.has_card) train_model(given.card);
+  }
   const Denoiser denoiser = load();
   if (!denoiser.has_card) {
     throw Error(
         fmt::format("{}: has no model_card.json: the demo needs a pixel-space model of "
                     "`sla2 pretrain`",
-                    options_.model.string()));
+                    model_.string()));
   }
   DataOptions data;
   data.inputs = options_.train_inputs;
@@ -390,7 +429,7 @@ json Demo::run() {
   dataset_ = open_dataset(data, run_);
   const std::vector<ComparedClip> rows = clips(denoiser);
   flow_.prediction = denoiser.prediction();
-  base_ = {{"model", identity_of_model(options_.model)},
+  base_ = {{"model", identity_of_model(model_)},
            {"keeps", options_.keeps},
            {"block_q", options_.block_q},
            {"block_k", options_.block_k},
@@ -413,7 +452,7 @@ json Demo::run() {
     return compare(variants(), rows, *dataset_, options, run_, options_.out);
   });
   const std::vector<StepTime> measured = timed("timing", [&] { return times(); });
-  Denoiser tuned = load_denoiser(options_.model, run_.device, options_.out / "stage2_sla2");
+  Denoiser tuned = load_denoiser(model_, run_.device, options_.out / "stage2_sla2");
   const json map =
       timed("routing map", [&] { return routing_map(tuned, *dataset_, 0, 0.3, run_); });
   const json result = report(comparison, measured);
@@ -430,10 +469,13 @@ DemoOptions demo_preset(const std::string& name) {
   if (name != "large") {
     throw Error(fmt::format("preset must be one of small, large, got \"{}\"", name));
   }
+  // 24 x 24 x 24 tokens, more than three times the small preset's: fewer have to be kept.
+  options.size = {24, 192, 192};
+  options.model_steps = 800;
+  options.keeps = {0.05, 0.10, 0.03};
   options.stage1_steps = 60;
-  options.stage1_batch = 2;
   options.keeps_in_turns = false;
-  options.stage2_steps = 200;
+  options.stage2_steps = 150;
   options.stage2_batch = 8;
   options.sampling_steps = 24;
   options.validation_samples = 32;

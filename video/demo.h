@@ -1,6 +1,7 @@
 // From real video to a report: both stages, the same seeds with every method, one page.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -18,6 +19,11 @@ struct DemoOptions {
   std::vector<std::filesystem::path> train_inputs;  // clips of both stages
   std::vector<std::filesystem::path> own_inputs;    // shown video to video instead, if any
   std::string preset = "small", command;
+  /// Pixels of the videos; with model_steps above 0 the model is first trained on, with full
+  /// attention, at this size: {frames, height, width}. Without, the size is the model's.
+  std::array<std::int64_t, 3> size{};
+  std::int64_t model_steps = 0, model_batch = 8;
+  double model_lr = 5e-4;
   std::vector<double> keeps{0.10, 0.05, 0.03};  // the first one is the main one
   std::int64_t block_q = 64, block_k = 32;
   std::int64_t stage1_steps = 24, stage1_batch = 1;

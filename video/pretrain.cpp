@@ -22,29 +22,64 @@ void check_sizes(const PretrainOptions& options) {
   }
 }
 
-Denoiser make_denoiser(const PretrainOptions& options, const Dataset& dataset, const Run& run) {
+std::vector<std::string> captions_of(const Dataset& dataset) {
+  std::vector<std::string> names = dataset.names();
+  std::sort(names.begin(), names.end());
+  names.erase(std::unique(names.begin(), names.end()), names.end());
+  return names;
+}
+
+/// The model that training goes on from: what it predicts and its captions stay.
+Denoiser known_denoiser(const PretrainOptions& options, const Dataset& dataset, const Run& run) {
+  Denoiser denoiser = load_denoiser(options.from, run.device);
+  const std::string where = options.from.string();
+  if (!denoiser.has_card) {
+    throw Error(
+        fmt::format("{}: has no model_card.json: pretraining goes on from a pixel-space "
+                    "model of `sla2 pretrain`",
+                    where));
+  }
+  if (denoiser.prediction() != options.flow.prediction) {
+    throw Error(
+        fmt::format("prediction must be that of {}, \"{}\"", where, denoiser.card.prediction));
+  }
+  for (const std::string& name : captions_of(dataset)) {
+    static_cast<void>(denoiser.caption_row(name));  // names the captions that there are
+  }
+  return denoiser;
+}
+
+Denoiser new_denoiser(const PretrainOptions& options, const Dataset& dataset, const Run& run) {
   torch::manual_seed(mix(run.seed, kStreamInit));
   Denoiser denoiser;
   denoiser.has_card = true;
   denoiser.transformer = WanTransformer(options.model);
+  denoiser.transformer->to(run.device);
+  ModelCard& card = denoiser.card;
+  card.prediction = options.flow.prediction == Prediction::kX ? "x" : "velocity";
+  card.captions = captions_of(dataset);
+  card.caption_table =
+      torch::randn({denoiser.no_caption_row() + 1, options.caption_tokens, options.model.text_dim})
+          .to(run.device);
+  return denoiser;
+}
+
+Denoiser make_denoiser(const PretrainOptions& options, const Dataset& dataset, const Run& run) {
+  Denoiser denoiser = options.from.empty() ? new_denoiser(options, dataset, run)
+                                           : known_denoiser(options, dataset, run);
   denoiser.transformer->set_token_order(options.order);
   denoiser.transformer->set_activation_checkpointing(options.checkpoint_activations);
-  denoiser.transformer->to(run.device);
   denoiser.transformer->train();
+  for (torch::Tensor& parameter : denoiser.transformer->parameters()) {
+    parameter.set_requires_grad(true);
+  }
   ModelCard& card = denoiser.card;
   card.frames = options.data.frames;
   card.height = options.data.height;
   card.width = options.data.width;
   card.fps = options.data.fps;
-  card.prediction = options.flow.prediction == Prediction::kX ? "x" : "velocity";
   card.shift = options.flow.shift;
-  card.captions = dataset.names();
-  std::sort(card.captions.begin(), card.captions.end());
-  card.captions.erase(std::unique(card.captions.begin(), card.captions.end()), card.captions.end());
-  card.caption_table =
-      torch::randn({denoiser.no_caption_row() + 1, options.caption_tokens, options.model.text_dim})
-          .to(run.device)
-          .requires_grad_(true);
+  card.caption_table.requires_grad_(true);
   return denoiser;
 }
 

@@ -26,6 +26,7 @@ struct PretrainOptions {
                   .freq_dim = 256,
                   .ffn_dim = 768,
                   .num_layers = 8};
+  std::filesystem::path from;       ///< a pixel-space model to go on from; empty: random weights
   TokenOrder order;                 ///< tiles; has no influence on full attention's result
   std::int64_t caption_tokens = 4;  ///< L of the learned caption table
   FlowOptions flow;
