@@ -26,7 +26,10 @@ if ! cmp -s tools/requirements.txt .venv/requirements.installed; then
 fi
 
 build=build/release
-[ -f $build/build.ninja ] || cmake --preset release > /dev/null
+# SLA2_CUDA=ON or OFF: with or without the CUDA backend; the choice stays until the next one.
+if [ -n "${SLA2_CUDA:-}" ] || [ ! -f $build/build.ninja ]; then
+  cmake --preset release ${SLA2_CUDA:+-DSLA2_CUDA="$SLA2_CUDA"} > /dev/null
+fi
 cmake --build $build
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 echo "$PWD/python" > "$site/sla2.pth"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ struct Case {
   Layout layout = Layout::kDense;
   std::vector<std::int64_t> key_lengths;
 };
+inline void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
 inline const char* name_of(DType dtype) {
   return dtype == DType::kF32 ? "f32" : dtype == DType::kBF16 ? "bf16" : "f16";
