@@ -365,13 +365,17 @@ TEST(CudaProperty, NamesItsStagesAsTheyRun) {
   launches_since();
   on_device.forward();
   EXPECT_EQ(names, (Names{"reduce", "mean", "project", "route", "keys", "states", "attend"}));
-  if (backend().is_emulated) EXPECT_EQ(launches_since(), std::ssize(names));
+  if (backend().is_emulated) {
+    EXPECT_EQ(launches_since(), std::ssize(names));
+  }
   names.clear();
   on_device.backward();
   EXPECT_EQ(names,
             (Names{"prepare", "key_states", "query_states", "linear_queries", "query_gradients",
                    "key_gradients", "linear_keys", "sparse_queries", "reduce", "sparse_keys"}));
-  if (backend().is_emulated) EXPECT_EQ(launches_since(), std::ssize(names));
+  if (backend().is_emulated) {
+    EXPECT_EQ(launches_since(), std::ssize(names));
+  }
   judge_backward(call);
 }
 
