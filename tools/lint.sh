@@ -2,9 +2,9 @@
 # Formatting, clang-tidy on the torch-free sources, Python, and the rule that the core knows no torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-git ls-files -z '*.cpp' '*.h' '*.inc' | xargs -0 clang-format --dry-run -Werror
-.venv/bin/ruff check --quiet python tests
-.venv/bin/ruff format --check --quiet python tests
+git ls-files -z '*.cpp' '*.h' '*.inc' '*.cu' '*.cuh' | xargs -0 clang-format --dry-run -Werror
+.venv/bin/ruff check --quiet python tests bench tools
+.venv/bin/ruff format --check --quiet python tests bench tools
 if grep -rnE '#include *[<"](torch|ATen|c10)/' include src io; then
   echo "lint: include/, src/ and io/ must not include torch" >&2
   exit 1

@@ -28,7 +28,7 @@ struct Emulator {
   std::uint64_t seed = 0;  // 0: threads, warps and blocks in order; else a permutation, anew at
                            // every rendezvous
   // What the smallest of the supported GPUs (8.6, 8.9, 12.0) has for a block, and fp8.
-  DeviceInfo device{8, 9, 132, 99 * 1024};
+  DeviceInfo device{8, 9, 132, std::size_t{99} * 1024};
 };
 /// Of the calling OS thread.
 Emulator& emulator();
