@@ -279,7 +279,7 @@ std::vector<StageTime> time_stages(const OpBenchOptions& options, Run& run) {
       synchronize(run.device);
       for (std::size_t i = 1; i < marks.size(); ++i, ++at) {
         if (at == stages.size()) {
-          stages.push_back({.pass = pass, .stage = marks[i].first});
+          stages.push_back({.pass = pass, .stage = marks[i].first, .seconds = {}});
           samples.emplace_back();
         }
         if (round > 0) {
