@@ -146,8 +146,37 @@ class Clock {
     for (const auto& of_step : samples) result.push_back(quartiles(of_step));
     return result;
   }
+  /// Times of the stages of `call`, which tells the end of each.
+  std::vector<Quartiles> measure_stages(
+      const std::function<void(const std::function<void(const char*)>&)>& call, int repeats,
+      std::vector<std::string>& names) {
+    std::vector<cudaEvent_t> events(kMostStages + 1);
+    for (cudaEvent_t& event : events) cuda::check(cudaEventCreate(&event), "event");
+    std::vector<std::vector<double>> samples(kMostStages);
+    for (int run = -2; run < repeats; ++run) {
+      names.clear();
+      cuda::check(cudaMemsetAsync(flush_.as<void>(), run & 255, kFlushBytes), "flush");
+      cuda::check(cudaEventRecord(events[0]), "event");
+      call([&](const char* stage) {
+        names.emplace_back(stage);
+        cuda::check(cudaEventRecord(events.at(names.size())), "event");
+      });
+      cuda::check(cudaDeviceSynchronize(), "run");
+      for (std::size_t s = 0; s < names.size() && run >= 0; ++s) {
+        float ms = 0;
+        cuda::check(cudaEventElapsedTime(&ms, events[s], events[s + 1]), "time");
+        samples[s].push_back(static_cast<double>(ms));
+      }
+    }
+    for (const cudaEvent_t event : events) cudaEventDestroy(event);
+    samples.resize(names.size());
+    std::vector<Quartiles> result;
+    for (const auto& of_stage : samples) result.push_back(quartiles(of_stage));
+    return result;
+  }
 
  private:
+  static constexpr std::size_t kMostStages = 16;
   static constexpr std::size_t kFlushBytes = std::size_t{256} << 20;
   Buffer flush_;
 };
@@ -287,9 +316,20 @@ void bench_backward(const Options& options, const Tensors& tensors, Clock& clock
   gradients.d_v = tensors.view(tensors.d_v);
   gradients.d_alpha_logit = tensors.d_alpha.as<float>();
   const ConstView d_out = as_const(tensors.view(tensors.d_out));
+  std::string stages;
+  if (options.with_stages) {
+    std::vector<std::string> names;
+    const std::vector<Quartiles> times = clock.measure_stages(
+        [&](const std::function<void(const char*)>& after_stage) {
+          const Context timed{serial, {workspace.as<std::byte>(), bytes}, nullptr, &after_stage};
+          backward(p, inputs, tensors.saved(), d_out, gradients, timed);
+        },
+        options.repeats, names);
+    stages = stage_text(names, times);
+  }
   const auto whole = clock.measure(
       {[&] { backward(p, inputs, tensors.saved(), d_out, gradients, context); }}, options.repeats);
-  print_row(options, "backward", "bf16", whole[0], static_cast<double>(bytes) / 1048576.0, "");
+  print_row(options, "backward", "bf16", whole[0], static_cast<double>(bytes) / 1048576.0, stages);
 }
 
 void run(const Options& options) {

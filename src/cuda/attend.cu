@@ -2,13 +2,14 @@
 // o_l = phi(q) H_i / (phi(q) . Z_i) by slices of 32 channels, then the mix o = alpha o_s +
 // (1 - alpha) o_l. A block of threads owns up to 128 rows of one query block, a warp 16 of them;
 // every output element has one writer, so the bits never depend on scheduling.
+#include "cuda/lines.cuh"
 #include "cuda/sparse.cuh"
 #include "cuda/stages.h"
 
 namespace sla2::SLA2_CUDA_ROOM {
 namespace {
 
-constexpr int kSlice = 32;                                  // channels of H_i staged together
+constexpr int kSlice = 32;                                  // channels of H_i multiplied together
 constexpr int kSliceStride = kSlice + 8;                    // bf16
 constexpr int kStagingStride = kSlice + 8;                  // floats: no bank conflicts
 constexpr float kTinyDenominator = 5.421010862427522e-20f;  // 2^-64
@@ -16,13 +17,73 @@ constexpr float kTinyDenominator = 5.421010862427522e-20f;  // 2^-64
 SLA2_HOST_DEVICE std::size_t slice_bytes(int D, int terms) {
   return static_cast<std::size_t>(D) * kSliceStride * 2 * static_cast<std::size_t>(terms);
 }
-/// Slices that fit into the shared memory that the sparse branch has left.
-template <Format F, int D>
-SLA2_HOST_DEVICE int slices_at_once(int terms) {
-  constexpr std::size_t kRoom = Sparse<F, D>::kStages * Sparse<F, D>::kStageBytes;
-  const std::size_t room = kRoom < 40960 ? 40960 : kRoom;
-  const auto fit = static_cast<int>(room / slice_bytes(D, terms));
+/// Slices staged together.
+SLA2_HOST_DEVICE int slices_at_once(int D, int terms) {
+  constexpr std::size_t kRoom = 20480;
+  const auto fit = static_cast<int>(kRoom / slice_bytes(D, terms));
   return fit < 1 ? 1 : fit > D / kSlice ? D / kSlice : fit;
+}
+
+/// Shared memory of the linear branch: phi(q) of the block's rows, if it is computed here (bf16
+/// inputs, head size at most 128); slices of H_i; outputs on their way.
+struct LinearLayout {
+  std::size_t slices, staging, total;  // offsets
+};
+template <int D>
+SLA2_HOST_DEVICE LinearLayout linear_layout(const Call& c, int rows) {
+  LinearLayout l;
+  l.slices = kTilesAt;
+  if (phi_in_attend(c)) l.slices += static_cast<std::size_t>(rows) * (D + 8) * sizeof(Bf16);
+  l.staging =
+      l.slices + static_cast<std::size_t>(slices_at_once(D, c.terms)) * slice_bytes(D, c.terms);
+  l.total = l.staging + static_cast<std::size_t>(rows) * kStagingStride * sizeof(float);
+  return l;
+}
+
+/// phi(q), not normalised, of the warp's 16 rows to shared memory, and 1 / (phi(q) . Z_i).
+template <int D>
+SLA2_DEVICE void prepare_phi(const Call& c, const Queries& q, float* staging, float (&inverse)[2]) {
+  constexpr int kLanes = D / kLine;
+  constexpr int kRows = 32 / kLanes;  // of the warp at once
+  constexpr int kBatch = 4;
+  const int channel = lane_index() % kLanes * kLine;
+  const bool inside = channel < c.d;
+  const int own = warp_index() * 16 + lane_index() / kLanes;
+  const Row base = row_of(c.q, q.head / c.H, q.head % c.H, q.first);
+  const Bf16* from = static_cast<const Bf16*>(base.data) + base.at + channel;
+  float z[kLine] = {};
+  RawLine<Bf16> raw_z = load_raw(
+      c.sums.data + q.block_row(c) * c.S + std::int64_t{c.d} * c.dv + channel, true, inside);
+  unpack_line(raw_z, z);
+  Bf16* phi = shared_memory<Bf16>(kTilesAt) + own * (D + 8) + channel;
+  float* bottoms = staging + warp_index() * 16 * kStagingStride;  // of the warp's rows
+  SLA2_NO_UNROLL for (int first = 0; first < 16; first += kRows * kBatch) {
+    RawLine<Bf16> raw[kBatch];
+    SLA2_UNROLL for (int s = 0; s < kBatch; ++s) {
+      const int r = first + s * kRows + own;
+      raw[s] = load_raw(from + r * c.q.token, c.q.vectors, inside && q.first + r < q.end(c));
+    }
+    SLA2_UNROLL for (int s = 0; s < kBatch; ++s) {
+      float x[kLine];
+      unpack_line(raw[s], x);
+      const float sum = apply_phi_raw<kLanes, true>(c.feature_map, inside, x);
+      RawLine<Bf16> rounded;
+      SLA2_UNROLL for (int i = 0; i < kLine; i += 2) {
+        rounded.words[0].x[i / 2] = pack_bf16(x[i], x[i + 1]);
+      }
+      store_16(phi + (first + s * kRows) * (D + 8), rounded.words[0]);
+      unpack_line(rounded, x);
+      float bottom = 0;
+      SLA2_UNROLL for (int i = 0; i < kLine; ++i) bottom = fused(x[i], z[i], bottom);
+      bottom = sum_over_row<kLanes>(bottom);
+      if (lane_index() % kLanes == 0) {
+        bottoms[first + s * kRows + lane_index() / kLanes] =
+            bottom < kTinyDenominator * sum ? 0.0f : 1 / bottom;
+      }
+    }
+  }
+  warp_barrier();
+  SLA2_UNROLL for (int r = 0; r < 2; ++r) inverse[r] = bottoms[lane_index() / 4 + 8 * r];
 }
 
 /// 1 / (phi(q) . Z_i) of both rows, 0 where it is tiny.
@@ -55,10 +116,9 @@ SLA2_DEVICE void inverse_denominators(const Call& c, const Queries& q, float (&i
   }
 }
 
-/// Copies slices [slice, slice + count) of H_i.
+/// Starts the copy of slices [slice, slice + count) of H_i.
 template <int D>
-SLA2_DEVICE void load_slices(const Call& c, const Queries& q, int slice, int count) {
-  Bf16* to = shared_memory<Bf16>(0);
+SLA2_DEVICE void load_slices(const Call& c, const Queries& q, Bf16* to, int slice, int count) {
   constexpr int kUnits = kSlice / 8;
   const Bf16* from = c.sums.data + q.block_row(c) * c.S;
   const int total = count * c.terms * D * kUnits;
@@ -73,36 +133,50 @@ SLA2_DEVICE void load_slices(const Call& c, const Queries& q, int slice, int cou
     copy_async_16(to + (plane * D + a) * kSliceStride + unit, from + source, valid);
   }
   copy_async_commit();
-  copy_async_wait<0>();
+}
+
+/// acc += a times 16 rows of a slice. kExact: rounded to nearest between products; tensor cores
+/// truncate.
+template <bool kExact>
+SLA2_DEVICE void multiply_rows(const Bf16* rows, const std::uint32_t (&a)[4],
+                               float (&acc)[kSlice / 8][4]) {
+  const int lane = lane_index();
+  SLA2_UNROLL for (int n = 0; n < kSlice / 8; n += 2) {
+    std::uint32_t b[4];
+    ldmatrix_x4_transposed(b, rows + lane % 16 * kSliceStride + n * 8 + lane / 16 * 8);
+    SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+      if constexpr (kExact) {
+        float product[4] = {};
+        mma_bf16(product, a, b[2 * half], b[2 * half + 1]);
+        SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[n + half][e] += product[e];
+      } else {
+        mma_bf16(acc[n + half], a, b[2 * half], b[2 * half + 1]);
+      }
+    }
+  }
 }
 
 /// phi(q) H_i for one staged slice.
-template <int D, bool kKeep>
-SLA2_DEVICE void multiply_slice(const Call& c, const Queries& q,
-                                const std::uint32_t (&kept)[kKeep ? D / 16 : 1][4],
-                                const Bf16* staged, float (&acc)[kSlice / 8][4]) {
-  const int lane = lane_index();
+template <int D>
+SLA2_DEVICE void multiply_slice(const Call& c, const Queries& q, const Bf16* staged,
+                                float (&acc)[kSlice / 8][4]) {
+  if (phi_in_attend(c)) {
+    const Bf16* phi = shared_memory<Bf16>(kTilesAt) +
+                      (warp_index() * 16 + lane_index() % 16) * (D + 8) + lane_index() / 16 * 8;
+    SLA2_UNROLL for (int step = 0; step < D / 16; ++step) {
+      std::uint32_t a[4];
+      ldmatrix_x4(a, phi + step * 16);
+      multiply_rows<false>(staged + step * 16 * kSliceStride, a, acc);
+    }
+    return;
+  }
   for (int order = c.terms - 1; order >= 0; --order) {  // small products first
     for (int term = 0; term <= order; ++term) {
       const Bf16* plane = staged + (order - term) * D * kSliceStride;
-      SLA2_UNROLL for (int step = 0; step < D / 16; ++step) {
-        if (step * 16 >= c.d) continue;
+      SLA2_NO_UNROLL for (int step = 0; step < (c.d + 15) / 16; ++step) {
         std::uint32_t a[4];
-        if (kKeep && c.terms == 1) {
-          SLA2_UNROLL for (int e = 0; e < 4; ++e) a[e] = kept[kKeep ? step : 0][e];
-        } else {
-          row_fragment(c.phi_q.data + term * c.phi_q.plane, c, q, D * 2, step, a);
-        }
-        SLA2_UNROLL for (int n = 0; n < kSlice / 8; n += 2) {
-          std::uint32_t b[4];
-          ldmatrix_x4_transposed(
-              b, plane + (step * 16 + lane % 16) * kSliceStride + n * 8 + lane / 16 * 8);
-          SLA2_UNROLL for (int half = 0; half < 2; ++half) {
-            float product[4] = {};
-            mma_bf16(product, a, b[2 * half], b[2 * half + 1]);
-            SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[n + half][e] += product[e];
-          }
-        }
+        row_fragment(c.phi_q.data + term * c.phi_q.plane, c, q, D * 2, step, a);
+        multiply_rows<true>(plane + step * 16 * kSliceStride, a, acc);
       }
     }
   }
@@ -143,40 +217,40 @@ SLA2_DEVICE Rows workspace_rows(const Call& c, float* data) {
 }
 
 /// Linear branch and mix.
-template <Format F, int D>
+template <int D>
 SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) {
-  constexpr bool kKeep = D <= 128;
   const bool mixed = c.complement_empty[q.block_row(c)] == 0;
+  const LinearLayout layout = linear_layout<D>(c, block_threads() / 2);
+  const int at_once = slices_at_once(D, c.terms);
+  Bf16* slices = shared_memory<Bf16>(layout.slices);
+  float* staging = shared_memory<float>(layout.staging);
   float inverse[2] = {};
-  std::uint32_t kept[kKeep ? D / 16 : 1][4] = {};
   float alpha = 0.5f;
+  block_barrier();  // the tiles of the sparse branch have been read
   if (mixed) {
-    inverse_denominators<D>(c, q, inverse);
-    if (kKeep && c.terms == 1) {
-      SLA2_UNROLL for (int step = 0; step < (kKeep ? D / 16 : 1); ++step) {
-        row_fragment(c.phi_q.data, c, q, D * 2, step, kept[step]);
-      }
+    load_slices<D>(c, q, slices, 0, at_once);
+    if (phi_in_attend(c)) {
+      if constexpr (D <= 128) prepare_phi<D>(c, q, staging, inverse);
+    } else {
+      inverse_denominators<D>(c, q, inverse);
     }
     if (c.alpha_logit != nullptr) {
       const int column = c.alpha_blocks == 1 ? 0 : q.i;
       alpha = 1 / (1 + exact_exp(-c.alpha_logit[q.head % c.H * c.alpha_blocks + column]));
     }
   }
-  const int at_once = slices_at_once<F, D>(c.terms);
-  float* staging =
-      shared_memory<float>(static_cast<std::size_t>(at_once) * slice_bytes(D, c.terms));
-  block_barrier();  // the tiles of the sparse branch have been read
   SLA2_UNROLL for (int slice = 0; slice < D / kSlice; ++slice) {
     float acc[kSlice / 8][4] = {};
     if (mixed) {
       if (slice % at_once == 0) {
-        if (slice > 0) block_barrier();
-        load_slices<D>(c, q, slice, min_int(at_once, D / kSlice - slice));
+        if (slice > 0) {
+          block_barrier();
+          load_slices<D>(c, q, slices, slice, min_int(at_once, D / kSlice - slice));
+        }
+        copy_async_wait<0>();
         block_barrier();
       }
-      const Bf16* staged =
-          shared_memory<Bf16>(static_cast<std::size_t>(slice % at_once) * slice_bytes(D, c.terms));
-      multiply_slice<D, kKeep>(c, q, kept, staged, acc);
+      multiply_slice<D>(c, q, slices + slice % at_once * D * kSliceStride * c.terms, acc);
     }
     SLA2_UNROLL for (int n = 0; n < kSlice / 8; ++n) {
       SLA2_UNROLL for (int e = 0; e < 4; ++e) {
@@ -199,20 +273,23 @@ SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) 
 }
 
 template <Format F, int D>
-SLA2_KERNEL(kAttendThreads, 1)
+SLA2_KERNEL(kAttendThreads, (Sparse<F, D>::kBlocks))
 void attend_kernel(Call c) {
   const int rows = block_threads() / 2;
   const int tiles = c.bq / rows;  // of a query block
   const int index = block_x() % (c.M * tiles);
-  Queries q;
-  q.head = block_x() / (c.M * tiles);
-  q.i = index / tiles;
-  q.first = q.i * c.bq + index % tiles * rows;
-  if (q.first >= q.end(c)) return;
-  const int b = q.head / c.H;
-  q.key_head = b * c.Hkv + q.head % c.H / c.group;
-  q.length = key_length(c, b);
-  q.blocks = blocks_of(c, q.length);
+  Queries own;
+  own.head = block_x() / (c.M * tiles);
+  own.i = index / tiles;
+  own.first = own.i * c.bq + index % tiles * rows;
+  if (own.first >= own.end(c)) return;
+  const int b = own.head / c.H;
+  own.key_head = b * c.Hkv + own.head % c.H / c.group;
+  own.length = key_length(c, b);
+  own.blocks = blocks_of(c, own.length);
+  Queries& q = *shared_memory<Queries>(0);
+  if (thread_index() == 0) q = own;
+  block_barrier();
   Running<D> run;
   float lse[2];
   sparse_branch<F, D>(c, q, run, lse);
@@ -221,17 +298,16 @@ void attend_kernel(Call c) {
       if (q.valid(c, r)) c.lse[q.line(c, r)] = lse[r];
     }
   }
-  finish<F, D>(c, q, run);
+  finish<D>(c, q, run);
 }
 
 template <Format F, int D>
 void launch_attend(const Call& c, void* stream) {
   using S = Sparse<F, D>;
   const int rows = c.bq < 128 ? c.bq : 128;
-  const std::size_t sparse = static_cast<std::size_t>(S::kStages) * S::kStageBytes;
-  const std::size_t linear =
-      static_cast<std::size_t>(slices_at_once<F, D>(c.terms)) * slice_bytes(D, c.terms) +
-      static_cast<std::size_t>(rows) * kStagingStride * sizeof(float);
+  const std::size_t sparse =
+      S::kQueriesAt + static_cast<std::size_t>(rows) * static_cast<std::size_t>(S::kQueryStride);
+  const std::size_t linear = linear_layout<D>(c, rows).total;
   launch(stream, attend_kernel<F, D>, {std::int64_t{c.B} * c.H * c.M * (c.bq / rows)}, rows * 2,
          sparse < linear ? linear : sparse, c);
 }

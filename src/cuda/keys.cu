@@ -1,8 +1,9 @@
 // Steps 2 and 3, the key side: Ks and V in the format of the sparse branch, and h_j = phi(Ks_j)^T
-// V_j, z_j = column sums of phi(Ks_j), per key block.
-// A block owns one key block (with head size 256 a quarter of v's channels of it); a warp smooths
-// and quantises a row at a time, then all warps multiply steps of rows on tensor cores. Every
-// output has one owner and sums run in token order: the same bits every run.
+// V_j, z_j = column sums of phi(Ks_j) (a product with ones), per key block.
+// A block owns one key block (with head size 256 a quarter of v's channels of it). Each lane keeps
+// eight channels of its rows in registers from the load to the integers; phi and V meet in shared
+// memory for tensor cores, and h leaves through it in whole lines. Every output has one owner and
+// sums have one order: the same bits every run.
 #include "cuda/lines.cuh"
 #include "cuda/stages.h"
 
@@ -11,9 +12,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr std::uint32_t kOnes = 0x3f803f80u;  // two bf16
 
-template <int D>
+template <typename T, int D>
 struct Shape {
+  static constexpr int kTerms = kTermsOf<T>;
   static constexpr int kColumns = D == 256 ? 64 : D;  // channels of v that a block owns
   static constexpr int kSlices = D / kColumns;
   static constexpr int kWarpsM = D == 256 ? 8 : 4;
@@ -22,28 +25,28 @@ struct Shape {
   static constexpr int kTilesN = kColumns / kWarpsN / 8;
   static constexpr int kPhiStride = D + 8;  // bf16; 8 more than a multiple of 64: no conflicts
   static constexpr int kValueStride = kColumns + 8;
-  static constexpr int kByteStride = kColumns + 4;
+  static constexpr int kByteStride = kColumns + 8;
+  // Rows staged at once: less with more terms, so that every architecture has the shared memory.
+  static constexpr int kRows = kTerms == 1 ? 64 : kTerms == 2 ? 32 : 16;
+  // Lanes of a row of K and of V; rows of the block of threads at once; how often per step.
+  static constexpr int kKeyLanes = D / kLine;
+  static constexpr int kValueLanes = kColumns / kLine;
+  static constexpr int kKeyRows = kThreads / kKeyLanes;
+  static constexpr int kValueRows = kThreads / kValueLanes;
+  static constexpr int kKeyPasses = kRows < kKeyRows ? 1 : kRows / kKeyRows;
+  static constexpr int kValuePasses = kRows < kValueRows ? 1 : kRows / kValueRows;
+  static constexpr int kPhiPlane = kRows * kPhiStride;
+  static constexpr int kValuePlane = kRows * kValueStride;
+  // Shared memory: maxima of the warps; phi and V (afterwards h); V's bytes.
+  static constexpr int kStaged = kTerms * (kPhiPlane + kValuePlane);
+  static constexpr int kStates = D * kValueStride;
+  static constexpr std::size_t kMaxima = 0;
+  static constexpr std::size_t kPhi = 128;
+  static constexpr std::size_t kValue =
+      kPhi + static_cast<std::size_t>(kTerms) * kPhiPlane * sizeof(Bf16);
+  static constexpr std::size_t kBytes =
+      kPhi + static_cast<std::size_t>(kStaged > kStates ? kStaged : kStates) * sizeof(Bf16);
 };
-
-/// Rows staged at once: less with more terms, so that every architecture has the shared memory.
-SLA2_HOST_DEVICE int step_rows(int terms) { return terms == 1 ? 64 : terms == 2 ? 32 : 16; }
-
-struct Layout {
-  std::size_t mean, red, phi, value, bytes, total;  // offsets
-};
-template <int D>
-SLA2_HOST_DEVICE Layout layout_of(int terms, int bk) {
-  using S = Shape<D>;
-  const std::size_t rows = static_cast<std::size_t>(step_rows(terms));
-  Layout l;
-  l.mean = 0;
-  l.red = D * sizeof(float);
-  l.phi = l.red + 32 * sizeof(float);
-  l.value = l.phi + rows * S::kPhiStride * 2 * static_cast<std::size_t>(terms);
-  l.bytes = l.value + rows * S::kValueStride * 2 * static_cast<std::size_t>(terms);
-  l.total = l.bytes + static_cast<std::size_t>(bk) * S::kByteStride;
-  return l;
-}
 
 struct KeyBlock {
   int b, kv, j, slice;
@@ -52,148 +55,219 @@ struct KeyBlock {
   std::int64_t low_row;  // first row in k_low and v_low
 };
 
-/// Rows that a warp loads before it works on the first: their latencies overlap.
-constexpr int kBatch = 2;
-
-template <int D>
-SLA2_HOST_DEVICE constexpr int groups_of() {
-  return (D + 127) / 128;
-}
-
-/// What a lane has of a row of K and of V; 0 behind the features and behind the last key.
-template <int D>
-struct Line {
-  float k[groups_of<D>()][4];
-  float v[4];
+/// A lane's part of the rows of one step, as loaded.
+template <typename T, int D>
+struct Step {
+  RawLine<T> k[Shape<T, D>::kKeyPasses];
+  RawLine<T> v[Shape<T, D>::kValuePasses];
 };
 
-/// Channels of v that this lane has of a row, in the block's slice.
-template <int D>
-SLA2_DEVICE bool has_value() {
-  return lane_index() * 4 < Shape<D>::kColumns;
+template <typename T, int D>
+SLA2_DEVICE int key_channel() {
+  return thread_index() % Shape<T, D>::kKeyLanes * kLine;
 }
-template <int D>
-SLA2_DEVICE int value_channel(const KeyBlock& at) {
-  return at.slice * Shape<D>::kColumns + lane_index() * 4;
+/// Row of this thread in pass `pass` of a step.
+template <typename T, int D>
+SLA2_DEVICE int key_row(int pass) {
+  return pass * Shape<T, D>::kKeyRows + thread_index() / Shape<T, D>::kKeyLanes;
+}
+/// Within the block's slice.
+template <typename T, int D>
+SLA2_DEVICE int value_channel() {
+  return thread_index() % Shape<T, D>::kValueLanes * kLine;
+}
+template <typename T, int D>
+SLA2_DEVICE int value_row(int pass) {
+  return pass * Shape<T, D>::kValueRows + thread_index() / Shape<T, D>::kValueLanes;
 }
 
-template <int D>
-SLA2_DEVICE void load_line(const Call& c, const KeyBlock& at, int r, bool values, Line<D>& line) {
-  SLA2_UNROLL for (int e = 0; e < 4; ++e) line.v[e] = 0;
-  const bool valid = r < at.rows;
-  const Row row = row_of(c.k, at.b, at.kv, at.first + (valid ? r : 0));
-  SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) line.k[g][e] = 0;
-    if (valid && line_channel(g) < c.d) load_some<4>(row, line_channel(g), line.k[g]);
+template <typename T, int D>
+SLA2_DEVICE void load_keys(const Call& c, const KeyBlock& at, int first, Step<T, D>& step) {
+  const int channel = key_channel<T, D>();
+  const T* from = static_cast<const T*>(c.k.data) + at.b * c.k.batch + at.kv * c.k.head +
+                  (at.first + first) * c.k.token + channel;
+  SLA2_UNROLL for (int pass = 0; pass < Shape<T, D>::kKeyPasses; ++pass) {
+    const int r = key_row<T, D>(pass);
+    step.k[pass] = load_raw(from + r * c.k.token, c.k.vectors,
+                            r < Shape<T, D>::kRows && first + r < at.rows && channel < c.d);
   }
-  if (values && valid && has_value<D>() && value_channel<D>(at) < c.dv) {
-    load_some<4>(row_of(c.v, at.b, at.kv, at.first + r), value_channel<D>(at), line.v);
+}
+template <typename T, int D>
+SLA2_DEVICE void load_values(const Call& c, const KeyBlock& at, int first, Step<T, D>& step) {
+  const int channel = at.slice * Shape<T, D>::kColumns + value_channel<T, D>();
+  const T* from = static_cast<const T*>(c.v.data) + at.b * c.v.batch + at.kv * c.v.head +
+                  (at.first + first) * c.v.token + channel;
+  SLA2_UNROLL for (int pass = 0; pass < Shape<T, D>::kValuePasses; ++pass) {
+    const int r = value_row<T, D>(pass);
+    step.v[pass] = load_raw(from + r * c.v.token, c.v.vectors,
+                            r < Shape<T, D>::kRows && first + r < at.rows && channel < c.dv);
   }
 }
 
 /// K minus the mean; 0 behind the features and behind the last key.
-SLA2_DEVICE void smooth(const Call& c, bool valid, const float* mean, int channel,
-                        const float (&k)[4], float (&ks)[4]) {
-  const bool inside = valid && channel < c.d;
-  SLA2_UNROLL for (int e = 0; e < 4; ++e) ks[e] = inside ? k[e] - mean[channel + e] : 0.0f;
+template <typename T>
+SLA2_DEVICE void smooth(const RawLine<T>& raw, bool valid, const float (&mean)[kLine],
+                        float (&ks)[kLine]) {
+  unpack_line(raw, ks);
+  SLA2_UNROLL for (int i = 0; i < kLine; ++i) ks[i] = valid ? ks[i] - mean[i] : 0.0f;
 }
 
-/// The factor of the block's integers; writes k_scale.
-template <int D>
-SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, const float* mean, float* red) {
+/// The mean of this lane's channels.
+template <typename T, int D>
+SLA2_DEVICE void load_mean(const Call& c, const KeyBlock& at, float (&mean)[kLine]) {
+  const int channel = key_channel<T, D>();
+  const float* from = c.k_mean + at.head * c.d + channel;
+  SLA2_UNROLL for (int i = 0; i < kLine; ++i) mean[i] = channel < c.d ? from[i] : 0.0f;
+}
+
+/// The factor of the block's integers; writes k_scale. Leaves the last step's rows in `step`.
+template <typename T, int D>
+SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, Step<T, D>& step) {
+  using S = Shape<T, D>;
+  float mean[kLine];
+  load_mean<T, D>(c, at, mean);
   float amax = 0;
-  for (int first = warp_index(); first < at.rows; first += kBatch * kWarps) {
-    Line<D> lines[kBatch];
-    SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
-      load_line<D>(c, at, first + i * kWarps, false, lines[i]);
-    }
-    SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
-      SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
-        float ks[4];
-        smooth(c, first + i * kWarps < at.rows, mean, line_channel(g), lines[i].k[g], ks);
-        SLA2_UNROLL for (int e = 0; e < 4; ++e) amax = larger_or_nan(amax, abs_of(ks[e]));
-      }
+  for (int first = 0; first < at.rows; first += S::kRows) {
+    if (c.bk > S::kRows) load_keys<T, D>(c, at, first, step);
+    SLA2_UNROLL for (int pass = 0; pass < S::kKeyPasses; ++pass) {
+      const int r = key_row<T, D>(pass);
+      float ks[kLine];
+      smooth(step.k[pass], r < S::kRows && first + r < at.rows, mean, ks);
+      amax = amax_of_line(amax, ks);
     }
   }
-  amax = amax_over_warp(amax);
-  if (lane_index() == 0) red[warp_index()] = amax;
+  amax = amax_over_row<32>(amax);
+  float* maxima = shared_memory<float>(S::kMaxima);
+  if (lane_index() == 0) maxima[warp_index()] = amax;
   block_barrier();
-  amax = red[0];
-  SLA2_UNROLL for (int w = 1; w < kWarps; ++w) amax = larger_or_nan(amax, red[w]);
+  SLA2_UNROLL for (int w = 0; w < kWarps; ++w) amax = max_or_nan(amax, maxima[w]);
   float scale, factor;
   quantiser(amax, 127.0f, scale, factor);
   if (at.slice == 0 && thread_index() == 0) c.k_scale[at.head * c.T + at.j] = scale;
   return factor;
 }
 
-/// One row of K: k_low and phi.
-template <int D>
-SLA2_DEVICE void stage_key(const Call& c, const KeyBlock& at, int r, float factor,
-                           const float* mean, Line<D>& line, Bf16* phi, int plane) {
-  const bool valid = r < at.rows;
-  SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
-    const int channel = line_channel(g);
-    float ks[4];
-    smooth(c, valid, mean, channel, line.k[g], ks);
-    if (!c.raw_keys) {
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) line.k[g][e] = ks[e];
+/// The step's rows of K: k_low and phi.
+template <typename T, int D>
+SLA2_DEVICE void stage_keys(const Call& c, const KeyBlock& at, int first, float factor,
+                            const Step<T, D>& step) {
+  using S = Shape<T, D>;
+  float mean[kLine];
+  load_mean<T, D>(c, at, mean);
+  Bf16* phi = shared_memory<Bf16>(S::kPhi);
+  const int channel = key_channel<T, D>();
+  SLA2_UNROLL for (int pass = 0; pass < S::kKeyPasses; ++pass) {
+    const int r = key_row<T, D>(pass);
+    const bool staged = r < S::kRows && first + r < c.bk;
+    const bool valid = staged && first + r < at.rows && channel < c.d;
+    float ks[kLine];
+    smooth(step.k[pass], valid, mean, ks);
+    if (c.k_low != nullptr && at.slice == 0 && staged) {
+      const std::int64_t to = (at.low_row + first + r) * D + channel;
+      if (is_low_bit(c)) {
+        store_8(static_cast<std::uint8_t*>(c.k_low) + to, quantise_line(ks, factor));
+      } else {
+        store_line(c.format, c.k_low, c.k_plane, to, ks, 0.5f);
+      }
     }
-    if (c.k_low == nullptr || at.slice != 0 || channel >= D) continue;
-    const std::int64_t to = (at.low_row + r) * D + channel;
-    if (is_low_bit(c)) {
-      store_4(static_cast<std::uint8_t*>(c.k_low) + to, quantise_line(ks, factor));
+    if (c.h.data == nullptr) continue;
+    if (c.raw_keys) unpack_line(step.k[pass], ks);
+    apply_phi<S::kKeyLanes, S::kTerms == 1>(c.feature_map, valid, ks);
+    if (r < S::kRows) {
+      store_line_terms<S::kTerms>(phi + r * S::kPhiStride + channel, S::kPhiPlane, ks);
+    }
+  }
+}
+
+/// The step's rows of V: v_low (8 bits: into `bytes`) and the term planes.
+template <typename T, int D>
+SLA2_DEVICE void stage_values(const Call& c, const KeyBlock& at, int first,
+                              const Step<T, D>& step) {
+  using S = Shape<T, D>;
+  Bf16* value = shared_memory<Bf16>(S::kValue);
+  const int channel = value_channel<T, D>();
+  float factor[kLine] = {};
+  Words2 mask{};  // bytes of the channels whose factor is not 0
+  if (c.v_low != nullptr && is_low_bit(c) && at.slice * S::kColumns + channel < c.dv) {
+    const float* from = c.v_factor + at.head * c.dv + at.slice * S::kColumns + channel;
+    SLA2_UNROLL for (int i = 0; i < kLine; ++i) {
+      factor[i] = from[i];
+      if (factor[i] != 0.0f) mask.x[i / 4] |= 0xffu << i % 4 * 8;
+    }
+  }
+  SLA2_UNROLL for (int pass = 0; pass < S::kValuePasses; ++pass) {
+    const int r = value_row<T, D>(pass);
+    if (r >= S::kRows) continue;
+    float v[kLine];
+    unpack_line(step.v[pass], v);
+    if (c.v_low != nullptr && first + r < c.bk) {
+      std::uint8_t* bytes =
+          shared_memory<std::uint8_t>(S::kBytes) + (first + r) * S::kByteStride + channel;
+      if (c.format == Format::kInt8) {
+        store_8(bytes, quantise_line(v, factor, mask));
+      } else if (c.format == Format::kFp8) {
+        Words2 words;
+        SLA2_UNROLL for (int w = 0; w < 2; ++w) {
+          words.x[w] =
+              (pack_e4m3(v[4 * w] * factor[4 * w], v[4 * w + 1] * factor[4 * w + 1]) |
+               pack_e4m3(v[4 * w + 2] * factor[4 * w + 2], v[4 * w + 3] * factor[4 * w + 3])
+                   << 16) &
+              mask.x[w];
+        }
+        store_8(bytes, words);
+      } else {
+        const std::int64_t to = (at.low_row + first + r) * D + at.slice * S::kColumns + channel;
+        store_line(c.format, c.v_low, c.v_plane, to, v, 1.0f);
+      }
+    }
+    if (c.h.data == nullptr) continue;
+    Bf16* to = value + r * S::kValueStride + channel;
+    if constexpr (S::kTerms == 1) {
+      store_16(to, step.v[pass].words[0]);
     } else {
-      store_line(c.format, c.k_low, c.k_plane, to, ks, 0.5f);
+      store_line_terms<S::kTerms>(to, S::kValuePlane, v);
     }
   }
-  if (c.h.data == nullptr) return;
-  apply_phi(c, valid, line.k);
-  SLA2_UNROLL for (int g = 0; g < groups_of<D>(); ++g) {
-    if (line_channel(g) < D) store_line_terms(phi + line_channel(g), plane, c.terms, line.k[g]);
-  }
 }
 
-/// One row of V: v_low (8 bits: into `bytes`) and the term planes. factor: of the lane's channels.
-template <int D>
-SLA2_DEVICE void stage_value(const Call& c, const KeyBlock& at, int r, const float (&factor)[4],
-                             float (&v)[4], Bf16* value, int plane, std::uint8_t* bytes) {
-  if (!has_value<D>()) return;
-  const int local = lane_index() * 4;
-  if (c.h.data != nullptr) store_line_terms(value + local, plane, c.terms, v);
-  if (c.v_low == nullptr) return;
-  if (!is_low_bit(c)) {
-    store_line(c.format, c.v_low, c.v_plane, (at.low_row + r) * D + value_channel<D>(at), v, 1.0f);
-    return;
-  }
-  std::uint32_t word;
-  if (c.format == Format::kFp8) {
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) v[e] = factor[e] == 0.0f ? 0.0f : v[e] * factor[e];
-    word = pack_e4m3(v[0], v[1]) | pack_e4m3(v[2], v[3]) << 16;
+template <typename T, int D>
+struct States {
+  float h[Shape<T, D>::kTilesM][Shape<T, D>::kTilesN][4];
+  float z[Shape<T, D>::kTilesM][4];
+};
+
+/// sum += a b. With several terms in fp32, rounded to nearest between products: tensor cores
+/// truncate.
+template <bool kExact>
+SLA2_DEVICE void add_product(float (&sum)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                             std::uint32_t b1) {
+  if constexpr (kExact) {
+    float product[4] = {};
+    mma_bf16(product, a, b0, b1);
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) sum[e] += product[e];
   } else {
-    word = pack_s8(to_s8(v[0], factor[0]), to_s8(v[1], factor[1]), to_s8(v[2], factor[2]),
-                   to_s8(v[3], factor[3]));
+    mma_bf16(sum, a, b0, b1);
   }
-  store_4(bytes + local, word);
 }
 
-/// acc += phi^T V over the staged rows, one temporary a product: rounded to nearest between them,
-/// which tensor cores are not within.
-template <int D>
-SLA2_DEVICE void multiply(int terms, int rows, const Bf16* phi, int phi_plane, const Bf16* value,
-                          int value_plane, float (&acc)[Shape<D>::kTilesM][Shape<D>::kTilesN][4]) {
-  using S = Shape<D>;
+/// h += phi^T V and z += phi^T 1 over the staged rows.
+template <typename T, int D>
+SLA2_DEVICE void multiply(int rows, States<T, D>& sum) {
+  using S = Shape<T, D>;
+  constexpr bool kExact = S::kTerms > 1;
   const int lane = lane_index();
   const int m0 = warp_index() / S::kWarpsN * S::kTilesM * 16;
   const int n0 = warp_index() % S::kWarpsN * S::kTilesN * 8;
-  for (int order = terms - 1; order >= 0; --order) {  // small products first
-    for (int ta = 0; ta <= order; ++ta) {
-      const Bf16* a_plane = phi + ta * phi_plane;
-      const Bf16* b_plane = value + (order - ta) * value_plane;
-      for (int key = 0; key < rows; key += 16) {
+  SLA2_UNROLL for (int order = S::kTerms - 1; order >= 0; --order) {  // small products first
+    SLA2_UNROLL for (int ta = 0; ta <= order; ++ta) {
+      const Bf16* a_plane = shared_memory<Bf16>(S::kPhi) + ta * S::kPhiPlane;
+      const Bf16* b_plane = shared_memory<Bf16>(S::kValue) + (order - ta) * S::kValuePlane;
+      SLA2_NO_UNROLL for (int key = 0; key < rows; key += 16) {
         std::uint32_t a[S::kTilesM][4];
         SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
           ldmatrix_x4_transposed(a[m], a_plane + (key + lane / 16 * 8 + lane % 8) * S::kPhiStride +
                                            m0 + m * 16 + lane / 8 % 2 * 8);
+          if (ta == order) add_product<kExact>(sum.z[m], a[m], kOnes, kOnes);
         }
         SLA2_UNROLL for (int n = 0; n < S::kTilesN; n += 2) {
           std::uint32_t v[4];
@@ -201,9 +275,7 @@ SLA2_DEVICE void multiply(int terms, int rows, const Bf16* phi, int phi_plane, c
               v, b_plane + (key + lane % 16) * S::kValueStride + n0 + n * 8 + lane / 16 * 8);
           SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
             SLA2_UNROLL for (int half = 0; half < 2; ++half) {
-              float product[4] = {};
-              mma_bf16(product, a[m], v[2 * half], v[2 * half + 1]);
-              SLA2_UNROLL for (int e = 0; e < 4; ++e) acc[m][n + half][e] += product[e];
+              add_product<kExact>(sum.h[m][n + half], a[m], v[2 * half], v[2 * half + 1]);
             }
           }
         }
@@ -212,25 +284,41 @@ SLA2_DEVICE void multiply(int terms, int rows, const Bf16* phi, int phi_plane, c
   }
 }
 
-template <int D>
-SLA2_DEVICE void store_states(const Call& c, const KeyBlock& at,
-                              float (&acc)[Shape<D>::kTilesM][Shape<D>::kTilesN][4]) {
-  using S = Shape<D>;
+/// h and z to memory, term by term through shared memory.
+template <typename T, int D>
+SLA2_DEVICE void store_states(const Call& c, const KeyBlock& at, States<T, D>& sum) {
+  using S = Shape<T, D>;
   const int g = lane_index() / 4;
   const int t = lane_index() % 4;
+  Bf16* staged = shared_memory<Bf16>(S::kPhi);
   Bf16* to = c.h.data + (at.head * c.T + at.j) * c.S;
-  SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
-    SLA2_UNROLL for (int n = 0; n < S::kTilesN; ++n) {
-      const int column =
-          at.slice * S::kColumns + (warp_index() % S::kWarpsN * S::kTilesN + n) * 8 + 2 * t;
+  const int columns = min_int(c.dv - at.slice * S::kColumns, S::kColumns);
+  SLA2_UNROLL for (int term = 0; term < S::kTerms; ++term) {
+    if (term > 0) block_barrier();
+    SLA2_UNROLL for (int m = 0; m < S::kTilesM; ++m) {
       SLA2_UNROLL for (int half = 0; half < 2; ++half) {
         const int a = (warp_index() / S::kWarpsN * S::kTilesM + m) * 16 + g + 8 * half;
-        if (a >= c.d || column >= c.dv) continue;
-        float x = acc[m][n][2 * half];
-        float y = acc[m][n][2 * half + 1];
-        for (int term = 0; term < c.terms; ++term) {
-          store_4(to + term * c.h.plane + std::int64_t{a} * c.dv + column, next_term(x, y));
+        Bf16* row = staged + a * S::kValueStride + warp_index() % S::kWarpsN * S::kTilesN * 8;
+        SLA2_UNROLL for (int n = 0; n < S::kTilesN; ++n) {
+          float(&x)[4] = sum.h[m][n];
+          store_4(row + n * 8 + 2 * t, next_term(x[2 * half], x[2 * half + 1]));
         }
+        if (at.slice == 0 && warp_index() % S::kWarpsN == 0 && t == 0 && a < c.d) {
+          const Bf16 rounded = from_float<Bf16>(sum.z[m][2 * half]);
+          to[term * c.h.plane + std::int64_t{c.d} * c.dv + a] = rounded;
+          sum.z[m][2 * half] -= to_float(rounded);
+        }
+      }
+    }
+    block_barrier();
+    Bf16* plane = to + term * c.h.plane + at.slice * S::kColumns;
+    constexpr int kUnits = S::kColumns / 8;
+    SLA2_UNROLL for (int i = 0; i < D * kUnits / kThreads; ++i) {
+      const int unit = thread_index() + i * kThreads;
+      const int a = unit / kUnits;
+      const int column = unit % kUnits * 8;
+      if (a < c.d && column < columns) {
+        store_16(plane + a * c.dv + column, load_16(staged + a * S::kValueStride + column));
       }
     }
   }
@@ -238,9 +326,10 @@ SLA2_DEVICE void store_states(const Call& c, const KeyBlock& at,
 
 /// 8-bit V of the block, a row per channel and 32 keys, in the order in which the scores' fragments
 /// lie in registers: position 4t + r of 16 is key 2t + r for r < 2, else 8 + 2t + r - 2.
-template <int D>
-SLA2_DEVICE void store_transposed(const Call& c, const KeyBlock& at, const std::uint8_t* bytes) {
-  using S = Shape<D>;
+template <typename T, int D>
+SLA2_DEVICE void store_transposed(const Call& c, const KeyBlock& at) {
+  using S = Shape<T, D>;
+  const std::uint8_t* bytes = shared_memory<std::uint8_t>(S::kBytes);
   const int steps = c.bk / kKeyStep;
   for (int task = thread_index(); task < steps * S::kColumns; task += kThreads) {
     const int channel = task % S::kColumns;
@@ -260,10 +349,10 @@ SLA2_DEVICE void store_transposed(const Call& c, const KeyBlock& at, const std::
   }
 }
 
-template <int D>
-SLA2_KERNEL(kThreads, D <= 128 ? 2 : 1)
+template <typename T, int D>
+SLA2_KERNEL(kThreads, D <= 128 && kTermsOf<T> == 1 ? 2 : 1)
 void keys_kernel(Call c) {
-  using S = Shape<D>;
+  using S = Shape<T, D>;
   KeyBlock at;
   at.slice = block_x() % S::kSlices;
   const int index = block_x() / S::kSlices;
@@ -276,86 +365,47 @@ void keys_kernel(Call c) {
   at.low_row = (at.head * c.T + at.j) * c.bk;
   if (at.rows <= 0) return;
 
-  const Layout layout = layout_of<D>(c.terms, c.bk);
-  float* mean = shared_memory<float>(layout.mean);
-  Bf16* phi = shared_memory<Bf16>(layout.phi);
-  Bf16* value = shared_memory<Bf16>(layout.value);
-  std::uint8_t* bytes = shared_memory<std::uint8_t>(layout.bytes);
-  for (int a = thread_index(); a < c.d; a += kThreads) mean[a] = c.k_mean[at.head * c.d + a];
+  Step<T, D> step;
+  if (c.bk <= S::kRows) {
+    load_keys<T, D>(c, at, 0, step);
+    load_values<T, D>(c, at, 0, step);
+  }
+  const bool low = c.k_low != nullptr && is_low_bit(c);
+  const float factor = low ? block_factor<T, D>(c, at, step) : 0.0f;
+  if (c.bk > S::kRows) {
+    load_keys<T, D>(c, at, 0, step);
+    load_values<T, D>(c, at, 0, step);
+  }
+  stage_keys<T, D>(c, at, 0, factor, step);
+  stage_values<T, D>(c, at, 0, step);
   block_barrier();
-  float factor = 0;
-  if (c.k_low != nullptr && is_low_bit(c)) {
-    factor = block_factor<D>(c, at, mean, shared_memory<float>(layout.red));
-  }
-
-  float v_factor[4] = {};
-  if (c.v_low != nullptr && is_low_bit(c) && has_value<D>() && value_channel<D>(at) < c.dv) {
-    const float* from = c.v_factor + at.head * c.dv + value_channel<D>(at);
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) v_factor[e] = from[e];
-  }
-
-  const int step = min_int(step_rows(c.terms), c.bk);
-  static_assert(kBatch * kWarps == 16);  // every step is a multiple of it
-  const int phi_plane = step * S::kPhiStride;
-  const int value_plane = step * S::kValueStride;
-  float acc[S::kTilesM][S::kTilesN][4] = {};
-  float z = 0;
-  for (int first = 0; first < c.bk; first += step) {
-    for (int r0 = warp_index(); r0 < step; r0 += kBatch * kWarps) {
-      Line<D> lines[kBatch];
-      SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
-        load_line<D>(c, at, first + r0 + i * kWarps, true, lines[i]);
-      }
-      SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
-        const int r = r0 + i * kWarps;
-        stage_key<D>(c, at, first + r, factor, mean, lines[i], phi + r * S::kPhiStride, phi_plane);
-        stage_value<D>(c, at, first + r, v_factor, lines[i].v, value + r * S::kValueStride,
-                       value_plane, bytes + (first + r) * S::kByteStride);
-      }
-    }
+  // The first step stands apart: its rows and the sums are never in registers together.
+  States<T, D> sum{};
+  if (c.h.data != nullptr) multiply<T, D>(min_int(S::kRows, c.bk), sum);
+  SLA2_NO_UNROLL for (int first = S::kRows; first < c.bk; first += S::kRows) {
     block_barrier();
-    if (c.h.data != nullptr) {
-      multiply<D>(c.terms, step, phi, phi_plane, value, value_plane, acc);
-      if (at.slice == 0 && thread_index() < c.d) {
-        for (int term = 0; term < c.terms; ++term) {
-          const Bf16* column = phi + term * phi_plane + thread_index();
-          for (int r0 = 0; r0 < step; r0 += 8) {
-            SLA2_UNROLL for (int r = r0; r < r0 + 8; ++r) z += to_float(column[r * S::kPhiStride]);
-          }
-        }
-      }
-    }
+    load_keys<T, D>(c, at, first, step);
+    stage_keys<T, D>(c, at, first, factor, step);
+    load_values<T, D>(c, at, first, step);
+    stage_values<T, D>(c, at, first, step);
     block_barrier();
+    if (c.h.data != nullptr) multiply<T, D>(S::kRows, sum);
   }
-  if (c.v_low != nullptr && is_low_bit(c)) store_transposed<D>(c, at, bytes);
-  if (c.h.data == nullptr) return;
-  store_states<D>(c, at, acc);
-  if (at.slice == 0 && thread_index() < c.d) {
-    Bf16* to = c.h.data + (at.head * c.T + at.j) * c.S + std::int64_t{c.d} * c.dv + thread_index();
-    for (int term = 0; term < c.terms; ++term) {
-      const Bf16 rounded = from_float<Bf16>(z);
-      to[term * c.h.plane] = rounded;
-      z -= to_float(rounded);
-    }
-  }
-}
-
-template <int D>
-void launch_keys(const Call& c, void* stream) {
-  const std::int64_t blocks = std::int64_t{c.B} * c.Hkv * c.T * Shape<D>::kSlices;
-  launch(stream, keys_kernel<D>, {blocks}, kThreads, layout_of<D>(c.terms, c.bk).total, c);
+  block_barrier();
+  if (low) store_transposed<T, D>(c, at);
+  if (c.h.data != nullptr) store_states<T, D>(c, at, sum);
 }
 
 }  // namespace
 
 void prepare_keys(const Call& c, void* stream) {
-  if (c.D == 64) {
-    launch_keys<64>(c, stream);
-  } else if (c.D == 128) {
-    launch_keys<128>(c, stream);
-  } else {
-    launch_keys<256>(c, stream);
-  }
+  with_type_and_size(c, [&](auto type, auto size) {
+    constexpr int D = decltype(size)::value;
+    using S = Shape<decltype(type), D>;
+    const std::int64_t blocks = std::int64_t{c.B} * c.Hkv * c.T * S::kSlices;
+    launch(stream, keys_kernel<decltype(type), D>, {blocks}, kThreads,
+           S::kBytes + static_cast<std::size_t>(c.bk) * S::kByteStride, c);
+  });
 }
 
 }  // namespace sla2::SLA2_CUDA_ROOM

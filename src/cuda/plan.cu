@@ -137,7 +137,7 @@ void take_queries(Call& c, Arena& arena) {
   const std::int64_t rows = std::int64_t{c.B} * c.H * c.Nq;
   c.q_low = take_low(arena, c.format, rows * c.D, c.q_plane);
   if (is_8_bit(c)) c.q_scale = arena.take<float>(rows);
-  c.phi_q = take_terms(arena, rows * c.D, c.terms);
+  if (!phi_in_attend(c)) c.phi_q = take_terms(arena, rows * c.D, c.terms);
 }
 
 void take_keys(Call& c, Arena& arena) {

@@ -83,7 +83,7 @@ struct Call {
   Terms rest;                      // [B, H, M, Tp] 1 - m, zero behind a key length
   void* q_low;     // Q, zero in features past d, [B, H, Nq, D]: s8; 16-bit; three planes of bf16
   float* q_scale;  // [B, H, Nq]; 8-bit formats only
-  Terms phi_q;     // [B, H, Nq, D] phi(q), zero in features past d
+  Terms phi_q;     // [B, H, Nq, D] phi(q), zero in features past d; not if phi_in_attend()
   float* k_scale;  // [B, Hkv, T]; 8-bit formats only
   void* k_low;     // Ks, zero behind a key length and in features past d, [B, Hkv, T * bk, D]:
                    // s8; 16-bit in the format's type (kF16: Ks / 2); kFp32: three planes of bf16
@@ -95,6 +95,9 @@ struct Call {
   float* sparse_rows;                      // [B, H, Nq, dv] o_s in fp32; method sla only
   float* linear_rows;                      // [B, H, Nq, dv] o_l in fp32; method sla only
 };
+
+/// Whether attend computes phi(q) itself: one term, and shared memory has the room.
+SLA2_HOST_DEVICE bool phi_in_attend(const Call& c) { return c.terms == 1 && c.D <= 128; }
 
 /// Hands out pieces of the workspace; with a null base it only counts.
 class Arena {

@@ -1,7 +1,8 @@
 // Step 0 and the poolings of step 1: k_sums, v_amax, pooled_q, then k_mean and v_scale; in the same
 // pass over q its formats, q_low and phi(q).
-// One block per key block or query block, a thread per channel: sums run in token order, so the
-// mean, and with it every integer of int8, has the bits of the reference.
+// Keys: two neighbouring channels a thread over the rows of one key block, sums in token order, so
+// the mean, and with it every integer of int8, has the bits of the reference. Queries: a block per
+// query block, eight channels a lane; rows are loaded four at a time, or latency would rule.
 #include "cuda/lines.cuh"
 #include "cuda/stages.h"
 
@@ -10,143 +11,164 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMeanThreads = 1024;
+constexpr int kBatch = 4;      // rows of a lane under way
+constexpr int kKeyBatch = 16;  // rows of a thread under way
 
-struct Sum {
-  SLA2_DEVICE static void add(float& total, float x) { total = add_rounded(total, x); }
-};
-struct Amax {
-  SLA2_DEVICE static void add(float& total, float x) { total = larger_or_nan(total, abs_of(x)); }
-};
+template <typename T>
+SLA2_DEVICE const T* row_at(const Rows& r, int b, int h, int n, int channel) {
+  return static_cast<const T*>(r.data) + b * r.batch + h * r.head + n * r.token + channel;
+}
 
-template <typename Fold, typename T>
-SLA2_DEVICE float fold_column(const T* from, std::int64_t stride, int rows) {
-  float total = 0;
+/// Two neighbours.
+template <typename T>
+SLA2_DEVICE void load_two(const T* from, bool vectors, float (&x)[2]) {
+  if (!vectors) {
+    x[0] = to_float(from[0]);
+    x[1] = to_float(from[1]);
+  } else if constexpr (sizeof(T) == 4) {
+    const Words2 words = load_8(from);
+    x[0] = bits_to_float(words.x[0]);
+    x[1] = bits_to_float(words.x[1]);
+  } else {
+    unpack_16(load_4(from), std::is_same_v<T, Bf16> ? DType::kBF16 : DType::kF16, x[0], x[1]);
+  }
+}
+
+/// Sums (in token order), or largest magnitudes, of two columns of `rows` rows.
+template <typename T, bool kSum>
+SLA2_DEVICE void fold_columns(const T* from, std::int64_t stride, bool vectors, int rows,
+                              float (&total)[2]) {
+  total[0] = total[1] = 0;
+  const auto add = [&total](const float(&x)[2]) {
+    SLA2_UNROLL for (int e = 0; e < 2; ++e) {
+      total[e] = kSum ? add_rounded(total[e], x[e]) : max_or_nan(total[e], abs_of(x[e]));
+    }
+  };
   int n = 0;
-  for (; n + 8 <= rows; n += 8) {
-    float x[8];
-    SLA2_UNROLL for (int i = 0; i < 8; ++i) x[i] = to_float(from[(n + i) * stride]);
-    SLA2_UNROLL for (int i = 0; i < 8; ++i) Fold::add(total, x[i]);
+  for (; n + kKeyBatch <= rows; n += kKeyBatch) {
+    float x[kKeyBatch][2];
+    SLA2_UNROLL for (int i = 0; i < kKeyBatch; ++i) {
+      load_two(from + (n + i) * stride, vectors, x[i]);
+    }
+    SLA2_UNROLL for (int i = 0; i < kKeyBatch; ++i) add(x[i]);
   }
-  for (; n < rows; ++n) Fold::add(total, to_float(from[n * stride]));
-  return total;
-}
-
-/// Folds column `c` of `rows` rows from token `first` on.
-template <typename Fold>
-SLA2_DEVICE float fold(const Rows& r, int b, int h, int first, int rows, int c) {
-  const std::int64_t at = b * r.batch + h * r.head + first * r.token + c;
-  switch (r.dtype) {
-    case DType::kF32:
-      return fold_column<Fold>(static_cast<const float*>(r.data) + at, r.token, rows);
-    case DType::kBF16:
-      return fold_column<Fold>(static_cast<const Bf16*>(r.data) + at, r.token, rows);
-    default:
-      return fold_column<Fold>(static_cast<const F16*>(r.data) + at, r.token, rows);
+  for (; n < rows; ++n) {
+    float x[2];
+    load_two(from + n * stride, vectors, x);
+    add(x);
   }
 }
 
-SLA2_DEVICE void reduce_keys(const Call& c, std::int64_t block, int part, int parts, int channel) {
+/// k_sums or v_amax of one key block, by D / 2 threads.
+template <typename T, int D>
+SLA2_DEVICE void reduce_keys(const Call& c, std::int64_t block, bool values) {
+  const std::int64_t blocks = std::int64_t{c.B} * c.Hkv * c.T;
+  if (block >= blocks) return;
+  const int channel = thread_index() % (D / 2) * 2;
   const int j = static_cast<int>(block % c.T);
   const int head = static_cast<int>(block / c.T);
   const int b = head / c.Hkv;
   const int rows = min_int(c.bk, key_length(c, b) - j * c.bk);
-  if (rows <= 0) return;
-  for (int task = part; task < 2; task += parts) {
-    if (task == 0 && channel < c.d) {
-      c.k_sums[block * c.d + channel] = fold<Sum>(c.k, b, head % c.Hkv, j * c.bk, rows, channel);
+  const int width = values ? c.dv : c.d;
+  if (rows <= 0 || channel >= width) return;
+  const Rows& from = values ? c.v : c.k;
+  const T* column = row_at<T>(from, b, head % c.Hkv, j * c.bk, channel);
+  float total[2];
+  if (values) {
+    fold_columns<T, false>(column, from.token, from.vectors, rows, total);
+  } else {
+    fold_columns<T, true>(column, from.token, from.vectors, rows, total);
+  }
+  store_8((values ? c.v_amax : c.k_sums) + block * width + channel,
+          {{float_to_bits(total[0]), float_to_bits(total[1])}});
+}
+
+/// q_low, q_scale and phi_q of a row; `at`: its first element there.
+template <typename T, int D>
+SLA2_DEVICE void store_query(const Call& c, std::int64_t line, bool inside, bool valid,
+                             float (&x)[kLine]) {
+  constexpr int kLanes = D / kLine;
+  const int channel = lane_index() % kLanes * kLine;
+  if (is_low_bit(c)) {
+    float scale, factor;
+    quantiser(amax_over_row<kLanes>(amax_of_line(0.0f, x)), 127.0f, scale, factor);
+    const Words2 words = quantise_line(x, factor);
+    if (valid) {
+      if (channel == 0) c.q_scale[line] = scale;
+      store_8(static_cast<std::uint8_t*>(c.q_low) + line * D + channel, words);
     }
-    if (task == 1 && c.v_amax != nullptr && channel < c.dv) {
-      c.v_amax[block * c.dv + channel] = fold<Amax>(c.v, b, head % c.Hkv, j * c.bk, rows, channel);
+  } else if (valid) {
+    store_line(c.format, c.q_low, c.q_plane, line * D + channel, x, 1.0f);
+  }
+  if constexpr (kTermsOf<T> != 1 || D > 128) {  // else attend computes it
+    apply_phi<kLanes, kTermsOf<T> == 1>(c.feature_map, inside, x);
+    if (valid) {
+      store_line_terms<kTermsOf<T>>(c.phi_q.data + line * D + channel, c.phi_q.plane, x);
     }
   }
 }
 
-SLA2_DEVICE void pool_queries(const Call& c, std::int64_t block, int part, int parts, int channel) {
-  float* partial = shared_memory<float>(0);  // [parts, D]
-  const int i = static_cast<int>(block % c.M);
-  const int head = static_cast<int>(block / c.M);
-  const int rows = min_int(c.bq, c.Nq - i * c.bq);
-  const int step = (rows + parts - 1) / parts;
-  const int first = min_int(rows, part * step);
-  const int count = min_int(rows - first, step);
-  float sum = 0;
-  if (channel < c.d) {
-    sum = fold<Sum>(c.q, head / c.H, head % c.H, i * c.bq + first, count, channel);
-  }
-  partial[part * c.D + channel] = sum;
-  block_barrier();
-  if (part != 0 || channel >= c.d) return;
-  for (int p = 1; p < parts; ++p) sum += partial[p * c.D + channel];
-  c.pooled_q[block * c.d + channel] = sum / static_cast<float>(rows);
-}
-
-/// pooled_q, q_low, q_scale and phi_q of one query block, a warp per row.
-SLA2_DEVICE void prepare_queries(const Call& c, std::int64_t block) {
-  constexpr int kGroups = 2;
-  float* partial = shared_memory<float>(0);  // [warps, D]
+/// pooled_q (if set) of one query block, and its formats (if set).
+template <typename T, int D>
+SLA2_DEVICE void reduce_queries(const Call& c, std::int64_t block) {
+  constexpr int kLanes = D / kLine;
+  constexpr int kRows = kThreads / kLanes;   // at once
+  float* partial = shared_memory<float>(0);  // [kRows, D]
   const int i = static_cast<int>(block % c.M);
   const std::int64_t head = block / c.M;
   const int rows = min_int(c.bq, c.Nq - i * c.bq);
-  float sums[kGroups][4] = {};
-  for (int r = warp_index(); r < rows; r += kThreads / 32) {
-    const int n = i * c.bq + r;
-    const Row row = row_of(c.q, static_cast<int>(head / c.H), static_cast<int>(head % c.H), n);
-    const std::int64_t at = (head * c.Nq + n) * c.D;
-    float x[kGroups][4] = {};
-    float amax = 0;
-    SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-      if (line_channel(g) < c.d) load_some<4>(row, line_channel(g), x[g]);
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-        sums[g][e] += x[g][e];
-        amax = larger_or_nan(amax, abs_of(x[g][e]));
-      }
+  const int own = thread_index() / kLanes;
+  const int channel = thread_index() % kLanes * kLine;
+  const T* from =
+      row_at<T>(c.q, static_cast<int>(head / c.H), static_cast<int>(head % c.H), i * c.bq, channel);
+  float sums[kLine] = {};
+  SLA2_NO_UNROLL for (int first = 0; first < rows; first += kBatch * kRows) {
+    RawLine<T> raw[kBatch];
+    SLA2_UNROLL for (int s = 0; s < kBatch; ++s) {
+      const int r = first + s * kRows + own;
+      raw[s] = load_raw(from + r * c.q.token, c.q.vectors, r < rows && channel < c.d);
     }
-    if (is_low_bit(c)) {
-      float scale, factor;
-      quantiser(amax_over_warp(amax), 127.0f, scale, factor);
-      if (lane_index() == 0) c.q_scale[head * c.Nq + n] = scale;
-      SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-        if (line_channel(g) >= c.D) continue;
-        store_4(static_cast<std::uint8_t*>(c.q_low) + at + line_channel(g),
-                quantise_line(x[g], factor));
-      }
-    } else {
-      SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-        if (line_channel(g) >= c.D) continue;
-        store_line(c.format, c.q_low, c.q_plane, at + line_channel(g), x[g], 1.0f);
-      }
-    }
-    apply_phi(c, true, x);
-    SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-      if (line_channel(g) >= c.D) continue;
-      store_line_terms(c.phi_q.data + at + line_channel(g), c.phi_q.plane, c.phi_q.count, x[g]);
+    SLA2_UNROLL for (int s = 0; s < kBatch; ++s) {
+      const int r = first + s * kRows + own;
+      float x[kLine];
+      unpack_line(raw[s], x);
+      SLA2_UNROLL for (int e = 0; e < kLine; ++e) sums[e] += x[e];
+      if (c.q_low == nullptr) continue;
+      store_query<T, D>(c, head * c.Nq + i * c.bq + r, channel < c.d, r < rows, x);
     }
   }
-  SLA2_UNROLL for (int g = 0; g < kGroups; ++g) {
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-      if (line_channel(g) < c.D) partial[warp_index() * c.D + line_channel(g) + e] = sums[g][e];
-    }
+  if (c.pooled_q == nullptr) return;
+  SLA2_UNROLL for (int e = 0; e < kLine; e += 4) {
+    store_16(partial + own * D + channel + e,
+             {{float_to_bits(sums[e]), float_to_bits(sums[e + 1]), float_to_bits(sums[e + 2]),
+               float_to_bits(sums[e + 3])}});
   }
   block_barrier();
-  if (c.pooled_q == nullptr) return;
-  for (int channel = thread_index(); channel < c.d; channel += kThreads) {
+  for (int a = thread_index(); a < c.d; a += kThreads) {
     float sum = 0;
-    for (int w = 0; w < kThreads / 32; ++w) sum += partial[w * c.D + channel];
-    c.pooled_q[block * c.d + channel] = sum / static_cast<float>(rows);
+    SLA2_UNROLL for (int w = 0; w < kRows; ++w) sum += partial[w * D + a];
+    c.pooled_q[block * c.d + a] = sum / static_cast<float>(rows);
   }
 }
 
-SLA2_KERNEL(kThreads, 3) void reduce_kernel(Call c) {
-  const int channel = thread_index() & (c.D - 1);
-  const int part = thread_index() / c.D;
-  const int parts = kThreads / c.D;
-  const std::int64_t key_blocks = static_cast<std::int64_t>(c.B) * c.Hkv * c.T;
-  if (block_x() < key_blocks) {
-    reduce_keys(c, block_x(), part, parts, channel);
-  } else if (c.q_low != nullptr) {
-    prepare_queries(c, block_x() - key_blocks);
+/// Blocks of threads for the keys, D / 2 threads for each key block's K, and V if wanted.
+template <int D>
+SLA2_HOST_DEVICE std::int64_t key_blocks_of_threads(const Call& c) {
+  const std::int64_t units = std::int64_t{c.B} * c.Hkv * c.T * (c.v_amax == nullptr ? 1 : 2);
+  return ceil_div(units * (D / 2), kThreads);
+}
+
+template <typename T, int D>
+SLA2_KERNEL(kThreads, sizeof(T) == 2 ? 3 : 2)
+void reduce_kernel(Call c) {
+  const std::int64_t keys = key_blocks_of_threads<D>(c);
+  if (block_x() >= keys) return reduce_queries<T, D>(c, block_x() - keys);
+  const std::int64_t unit =
+      std::int64_t{block_x()} * (kThreads / (D / 2)) + thread_index() / (D / 2);
+  if (c.v_amax == nullptr) {
+    reduce_keys<T, D>(c, unit, false);
   } else {
-    pool_queries(c, block_x() - key_blocks, part, parts, channel);
+    reduce_keys<T, D>(c, unit / 2, unit % 2 != 0);
   }
 }
 
@@ -172,7 +194,7 @@ SLA2_KERNEL(kMeanThreads, 1) void mean_kernel(Call c) {
   float amax = 0;
   if (c.v_amax != nullptr && channel < c.dv) {
     const float* from = c.v_amax + base * c.dv + channel;
-    for (int j = first; j < last; ++j) amax = larger_or_nan(amax, from[j * std::int64_t{c.dv}]);
+    for (int j = first; j < last; ++j) amax = max_or_nan(amax, from[j * std::int64_t{c.dv}]);
   }
   sums[thread_index()] = sum;
   maxima[thread_index()] = amax;
@@ -180,7 +202,7 @@ SLA2_KERNEL(kMeanThreads, 1) void mean_kernel(Call c) {
   if (part != 0) return;
   for (int p = 1; p < parts; ++p) {
     sum += sums[p * c.D + channel];
-    amax = larger_or_nan(amax, maxima[p * c.D + channel]);
+    amax = max_or_nan(amax, maxima[p * c.D + channel]);
   }
   if (channel < c.d) {
     c.k_mean[head * c.d + channel] = static_cast<float>(sum / static_cast<double>(length));
@@ -196,12 +218,14 @@ SLA2_KERNEL(kMeanThreads, 1) void mean_kernel(Call c) {
 }  // namespace
 
 void reduce(const Call& c, void* stream) {
-  const std::int64_t keys = static_cast<std::int64_t>(c.B) * c.Hkv * c.T;
   const std::int64_t queries =
-      c.pooled_q == nullptr && c.q_low == nullptr ? 0 : static_cast<std::int64_t>(c.B) * c.H * c.M;
-  // Sums of 8 warps over D channels, or of one thread each.
-  const std::size_t shared = kThreads / 32 * static_cast<std::size_t>(c.D) * sizeof(float);
-  launch(stream, reduce_kernel, {keys + queries}, kThreads, shared, c);
+      c.pooled_q == nullptr && c.q_low == nullptr ? 0 : std::int64_t{c.B} * c.H * c.M;
+  with_type_and_size(c, [&](auto type, auto size) {
+    constexpr int D = decltype(size)::value;
+    constexpr std::size_t kShared = kThreads * kLine * sizeof(float);
+    launch(stream, reduce_kernel<decltype(type), D>, {key_blocks_of_threads<D>(c) + queries},
+           kThreads, kShared, c);
+  });
 }
 
 void finish_mean(const Call& c, void* stream) {

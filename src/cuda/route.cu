@@ -12,6 +12,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kProjectRows = 16;
 constexpr int kRouteRows = 8;  // warps of a block
+constexpr int kBatch = 16;     // features under way; head sizes are multiples of it
 
 // ---- Projection ------------------------------------------------------------------------------
 
@@ -112,10 +113,16 @@ SLA2_DEVICE void score_rows(const Call& c, int b, int h, int first_row, int bloc
   for (int j = thread_index(); j < c.T; j += kThreads) {
     float sum[kRouteRows] = {};
     if (j < blocks) {
-      for (int a = 0; a < c.d; ++a) {
-        const float key = keys[std::int64_t{a} * c.Tp + j];
-        SLA2_UNROLL for (int r = 0; r < kRouteRows; ++r) sum[r] +=
-            queries[a * kRouteRows + r] * key;
+      for (int first = 0; first < c.d; first += kBatch) {
+        float key[kBatch];
+        SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
+          key[i] = keys[std::int64_t{first + i} * c.Tp + j];
+        }
+        SLA2_UNROLL for (int i = 0; i < kBatch; ++i) {
+          SLA2_UNROLL for (int r = 0; r < kRouteRows; ++r) {
+            sum[r] += queries[(first + i) * kRouteRows + r] * key[i];
+          }
+        }
       }
     }
     SLA2_UNROLL for (int r = 0; r < kRouteRows; ++r) {
@@ -137,7 +144,45 @@ SLA2_DEVICE std::uint32_t ordered(float x) {
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 
+/// The integers of a row's scores, 0 where there is none to choose: kHeld of each lane in registers
+/// (T up to 32 kHeld), or, with kHeld = 0, read again whenever they are wanted.
+template <int kHeld>
+struct Keys {
+  const float* scores;
+  int blocks;
+  BlockSpan fixed;
+  std::uint32_t held[kHeld == 0 ? 1 : kHeld];
+
+  SLA2_DEVICE bool inside(int j) const { return j < blocks && !fixed.contains(j); }
+  SLA2_DEVICE std::uint32_t read(int step) const {
+    const int j = step * 32 + lane_index();
+    return inside(j) ? ordered(scores[j]) : 0;
+  }
+  SLA2_DEVICE void hold() {
+    if constexpr (kHeld > 0) {
+      SLA2_UNROLL for (int step = 0; step < kHeld; ++step) held[step] = read(step);
+    }
+  }
+  /// body(step, key) for all of a lane's keys.
+  template <typename Body>
+  SLA2_DEVICE void for_each(const Body& body) const {
+    if constexpr (kHeld > 0) {
+      SLA2_UNROLL for (int step = 0; step < kHeld; ++step) body(step, held[step]);
+    } else {
+      for (int step = 0; step * 32 < blocks; ++step) body(step, read(step));
+    }
+  }
+  /// How many keys are at least `least`, which is not 0.
+  SLA2_DEVICE int count(std::uint32_t least) const {
+    int total = 0;
+    for_each([&](int, std::uint32_t key) { total += key >= least ? 1 : 0; });
+    SLA2_UNROLL for (int mask = 16; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+    return total;
+  }
+};
+
 /// A row's K best scores and the protected blocks, ascending, -1 behind the last.
+template <int kHeld>
 SLA2_DEVICE void choose(const Call& c, const float* scores, int blocks, BlockSpan fixed,
                         std::int32_t* out) {
   const int lane = lane_index();
@@ -147,31 +192,24 @@ SLA2_DEVICE void choose(const Call& c, const float* scores, int blocks, BlockSpa
                            : wanted >= blocks ? blocks
                                               : static_cast<int>(wanted),
                            blocks - fixed_count);
-  std::uint32_t threshold = 0;  // the kept-th largest
-  for (int bit = 31; bit >= 0; --bit) {
+  Keys<kHeld> keys{scores, blocks, fixed, {}};
+  keys.hold();
+  // The kept-th largest, or a number between it and the next: then nothing ties with it.
+  std::uint32_t threshold = 0;
+  SLA2_NO_UNROLL for (int bit = 31; bit >= 0; --bit) {
     const std::uint32_t candidate = threshold | 1u << bit;
-    int count = 0;
-    for (int first = 0; first < blocks; first += 32) {
-      const int j = first + lane;
-      const bool inside = j < blocks && !fixed.contains(j);
-      count += count_bits(ballot(inside && ordered(scores[j]) >= candidate));
-    }
+    const int count = keys.count(candidate);
     if (count >= kept) threshold = candidate;
+    if (count == kept) break;
   }
-  int above = 0;
-  for (int first = 0; first < blocks; first += 32) {
-    const int j = first + lane;
-    const bool inside = j < blocks && !fixed.contains(j);
-    above += count_bits(ballot(inside && ordered(scores[j]) > threshold));
-  }
-  int ties = kept - above;  // how many at the threshold may still come in
+  // How many at the threshold may still come in.
+  int ties = kept - (threshold == 0xffffffffu ? 0 : keys.count(threshold + 1));
   int size = 0;
   const std::uint32_t below = (1u << lane) - 1;
-  for (int first = 0; first < blocks; first += 32) {
-    const int j = first + lane;
+  keys.for_each([&](int step, std::uint32_t key) {
+    const int j = step * 32 + lane;
     const bool is_fixed = j < blocks && fixed.contains(j);
-    const bool inside = j < blocks && !is_fixed;
-    const std::uint32_t key = inside ? ordered(scores[j]) : 0;
+    const bool inside = keys.inside(j);
     const std::uint32_t tied = ballot(inside && key == threshold);
     const bool taken = is_fixed || (inside && key > threshold) ||
                        (inside && key == threshold && count_bits(tied & below) < ties);
@@ -180,7 +218,7 @@ SLA2_DEVICE void choose(const Call& c, const float* scores, int blocks, BlockSpa
     const int at = size + count_bits(all & below);
     if (taken && at < c.L) out[at] = j;
     size += count_bits(all);
-  }
+  });
   for (int at = size + lane; at < c.L; at += 32) out[at] = -1;
   warp_barrier();
 }
@@ -346,7 +384,14 @@ SLA2_KERNEL(kThreads, 2) void route_kernel(Call c) {
     logits = c.logits + row * c.T;
   }
   if (c.given_blocks == nullptr && c.blocks != nullptr) {
-    choose(c, scores, blocks, fixed, c.blocks + row * c.L);
+    std::int32_t* const out = c.blocks + row * c.L;
+    if (blocks <= 512) {
+      choose<16>(c, scores, blocks, fixed, out);
+    } else if (blocks <= 1280) {
+      choose<40>(c, scores, blocks, fixed, out);
+    } else {
+      choose<0>(c, scores, blocks, fixed, out);
+    }
     chosen = c.blocks + row * c.L;
   }
   for (int l = lane_index(); l < c.L && c.given_blocks != nullptr && c.blocks != nullptr; l += 32) {

@@ -144,9 +144,6 @@ SLA2_DEVICE float max_over_warp(float x) {
   return x;
 }
 
-/// The larger magnitude, or NaN if either is.
-SLA2_DEVICE float larger_or_nan(float a, float b) { return b <= a ? a : is_nan(a) ? a : b; }
-
 /// amax -> scale and factor of a group (spec: quantisation). A scale that is not finite is NaN and
 /// its integers 0.
 SLA2_DEVICE void quantiser(float amax, float limit, float& scale, float& factor) {
@@ -155,17 +152,6 @@ SLA2_DEVICE void quantiser(float amax, float limit, float& scale, float& factor)
   factor = zero ? 0.0f : limit / amax;
   scale = !finite ? bits_to_float(0x7fc00000u) : zero ? 0.0f : amax / limit;
 }
-/// Integer of x; a factor of 0 gives 0 whatever x is.
-SLA2_DEVICE int to_s8(float x, float factor) {
-  if (factor == 0.0f) return 0;
-  const int i = round_to_int(mul_rounded(x, factor));
-  return i > 127 ? 127 : i < -127 ? -127 : i;
-}
-SLA2_DEVICE std::uint32_t pack_s8(int a, int b, int c, int e) {
-  return (static_cast<std::uint32_t>(a) & 0xffu) | (static_cast<std::uint32_t>(b) & 0xffu) << 8 |
-         (static_cast<std::uint32_t>(c) & 0xffu) << 16 | static_cast<std::uint32_t>(e) << 24;
-}
-
 /// phi without a row's normalisation (softmax: exp(x - max), else phi itself).
 SLA2_DEVICE float phi_of(FeatureMap map, float x, float max) {
   if (map == FeatureMap::kSoftmax) return exact_exp(x - max);

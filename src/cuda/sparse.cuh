@@ -14,14 +14,15 @@ inline constexpr int kAttendThreads = 256;
 inline constexpr std::int32_t kMagicBits = 0x4b400000;
 inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 inline constexpr float kLog2Of448 = 8.807354922057604f;
-inline constexpr float kLowest = -3.0e38f;  // a running maximum before the first key
+inline constexpr std::size_t kTilesAt = 64;  // shared memory in front: Queries
+inline constexpr float kLowest = -3.0e38f;   // a running maximum before the first key
 
 template <Format F, int D>
 struct Sparse {
   static constexpr bool kLowBit = F == Format::kInt8 || F == Format::kFp8;
   static constexpr int kBytes = kLowBit ? 1 : 2;  // of a number
   static constexpr int kPlanes = F == Format::kFp32 ? 3 : 1;
-  static constexpr int kTileKeys = F == Format::kFp32 ? 16 : !kLowBit && D == 256 ? 32 : 64;
+  static constexpr int kTileKeys = F == Format::kFp32 ? 16 : !kLowBit && D > 64 ? 32 : 64;
   static constexpr int kPartKeys = kTileKeys < 32 ? kTileKeys : 32;
   static constexpr int kParts = kTileKeys / kPartKeys;
   static constexpr int kScores = kTileKeys / 8;  // fragments of 8 keys
@@ -33,12 +34,18 @@ struct Sparse {
   static constexpr int kValuePlane = (kLowBit ? D : kTileKeys) * kValueStride;
   static constexpr int kStageBytes = kPlanes * (kKeyPlane + kValuePlane);
   static constexpr int kSteps = D * kBytes / 32;  // products of one fragment of scores
-  // q stays in registers where they suffice, else it is read again for every tile.
-  static constexpr bool kKeepQ = F != Format::kFp32 && kSteps <= 8;
+  // Where q's fragments lie: shared memory, registers, or they are read again for every tile.
+  static constexpr bool kSharedQ = F != Format::kFp32 && D <= 128;
+  static constexpr bool kKeptQ = kLowBit && !kSharedQ;
+  static constexpr std::size_t kEntriesAt = kTilesAt + std::size_t{kStages} * kStageBytes;
+  static constexpr std::size_t kQueriesAt = kEntriesAt + 64 * 16;
+  static constexpr int kQueryStride = kSharedQ ? D * kBytes + 16 : 0;
+  // Two blocks a multiprocessor hide each other's waits; 128 registers a thread.
+  static constexpr int kBlocks = kSharedQ ? 2 : 1;
   static constexpr float kLimit = F == Format::kInt8 ? 255.0f : F == Format::kFp8 ? 448.0f : 1.0f;
 };
 
-/// What a block works on: few numbers, as they stay in registers all the way.
+/// What a block works on. It lies in shared memory: registers are what the loops are short of.
 struct Queries {
   int head, key_head;  // b * H + h, b * Hkv + kv
   int i;               // query block
@@ -69,101 +76,123 @@ struct Running {
   float sum[2];       // low-bit: of the row; else of this thread's keys
 };
 
-/// A part of a tile: keys of one block.
-struct Part {
-  int block;          // key block, -1: none
-  int offset;         // first key in the block
-  int valid;          // keys that exist
-  float key_scale;    // low-bit
-  float log2_weight;  // log2 m; 0 with hard routing
-};
-
 // ---- Routed blocks ---------------------------------------------------------------------------
 
-struct Routed {
-  const std::int32_t* list;  // null: every block (soft)
-  const float* logits;       // null: hard
-  int count;
-  int part_bits;  // log2 of the parts of a block
+/// A routed block, in shared memory: 32 are read at once, so that no tile waits for the table.
+struct alignas(16) Entry {
+  int block;    // -1: none
+  int keys;     // from its first to the last that exists
+  float value;  // low-bit: the scale of the block's keys; else log2 m (0 with hard routing)
+  int unused;
 };
+inline constexpr int kEntries = 64;  // two halves of 32: one read, one filled
+
 template <Format F, int D>
-SLA2_DEVICE Routed routed_of(const Call& c, const Queries& q) {
-  // Part keys are a power of two, as c.bk is.
-  const int part_bits = count_bits(static_cast<std::uint32_t>(c.bk / Sparse<F, D>::kPartKeys - 1));
-  if (!Sparse<F, D>::kLowBit && c.soft) {  // soft routing is never quantised
-    const float* logits = c.given_logits != nullptr ? c.given_logits : c.logits;
-    return {nullptr, logits + q.block_row(c) * c.T, q.blocks, part_bits};
-  }
-  const std::int32_t* list =
-      (c.given_blocks != nullptr ? c.given_blocks : c.blocks) + q.block_row(c) * c.L;
+SLA2_DEVICE Entry* entry_of(int index) {
+  return shared_memory<Entry>(Sparse<F, D>::kEntriesAt) + index % kEntries;
+}
+SLA2_DEVICE const std::int32_t* routed_list(const Call& c, const Queries& q) {
+  return (c.given_blocks != nullptr ? c.given_blocks : c.blocks) + q.block_row(c) * c.L;
+}
+SLA2_DEVICE int routed_count(const Call& c, const Queries& q) {
+  if (c.soft) return q.blocks;
+  const std::int32_t* list = routed_list(c, q);
   int count = 0;
   for (int first = 0; first < c.L; first += 32) {
     const int l = first + lane_index();
     count += count_bits(ballot(l < c.L && list[l] >= 0));
   }
-  return {list, nullptr, count, part_bits};
+  return count;
 }
-
+/// Entries [first, first + 32), by the first warp; to be read behind a barrier.
 template <Format F, int D>
-SLA2_DEVICE Part part_of(const Call& c, const Queries& q, const Routed& routed, int index) {
-  using S = Sparse<F, D>;
-  const int at = index >> routed.part_bits;
-  const int first = (index & ((1 << routed.part_bits) - 1)) * S::kPartKeys;
-  Part part{-1, first, 0, 0.0f, 0.0f};
-  if (at >= routed.count) return part;
-  const int block = routed.list == nullptr ? at : routed.list[at];
-  if (block < 0 || block >= q.blocks) return part;  // a given table is not trusted
-  part.block = block;
-  const int left = q.length - block * c.bk - part.offset;
-  part.valid = min_int(max_int(left, 0), S::kPartKeys);
-  if constexpr (S::kLowBit) part.key_scale = c.k_scale[std::int64_t{q.key_head} * c.T + block];
-  if (routed.logits != nullptr) {
-    const float x = routed.logits[block];  // log m = -softplus(-x)
-    part.log2_weight =
-        kLog2E * (x >= 0 ? -exact_log1p(exact_exp(-x)) : x - exact_log1p(exact_exp(x)));
-    if (x == -kInfinity) part.log2_weight = -kInfinity;
+SLA2_DEVICE void fill_entries(const Call& c, const Queries& q, int first) {
+  if (warp_index() != 0) return;
+  const int at = first + lane_index();
+  Entry entry{-1, 0, 0.0f, 0};
+  const bool soft = !Sparse<F, D>::kLowBit && c.soft;  // soft routing is never quantised
+  const int block = soft ? at : at < c.L ? routed_list(c, q)[at] : -1;
+  if (block >= 0 && block < q.blocks) {  // a given table is not trusted
+    entry.block = block;
+    entry.keys = q.length - block * c.bk;
+    if constexpr (Sparse<F, D>::kLowBit) {
+      entry.value = c.k_scale[std::int64_t{q.key_head} * c.T + block];
+    } else if (soft) {
+      const float* logits = c.given_logits != nullptr ? c.given_logits : c.logits;
+      const float x = logits[q.block_row(c) * c.T + block];  // log m = -softplus(-x)
+      entry.value = kLog2E * (x >= 0 ? -exact_log1p(exact_exp(-x)) : x - exact_log1p(exact_exp(x)));
+      if (x == -kInfinity) entry.value = -kInfinity;
+    }
   }
-  return part;
+  *entry_of<F, D>(at) = entry;
 }
 
-/// Starts the copies of one tile; tells its parts.
+/// A part of a tile: keys of one block.
+struct Part {
+  int valid;    // keys that exist
+  float value;  // as in Entry
+};
+/// log2 of the parts of a block; both are powers of two.
 template <Format F, int D>
-SLA2_DEVICE void load_tile(const Call& c, const Queries& q, const Routed& routed, int tile,
-                           int stage, Part (&parts)[Sparse<F, D>::kParts]) {
+SLA2_DEVICE int part_bits(const Call& c) {
+  return count_bits(static_cast<std::uint32_t>(c.bk / Sparse<F, D>::kPartKeys - 1));
+}
+template <Format F, int D>
+SLA2_DEVICE int part_offset(const Call& c, int index) {
+  return index * Sparse<F, D>::kPartKeys & (c.bk - 1);
+}
+template <Format F, int D>
+SLA2_DEVICE Part part_of(const Call& c, int index) {
+  const Entry& entry = *entry_of<F, D>(index >> part_bits<F, D>(c));
+  const int left = entry.keys - part_offset<F, D>(c, index);
+  return {min_int(max_int(left, 0), Sparse<F, D>::kPartKeys), entry.value};
+}
+
+/// body(0) to body(kCount - 1), spread over the block's threads.
+template <int kCount, typename Body>
+SLA2_DEVICE void spread(const Body& body) {
+  if (block_threads() == kAttendThreads) {
+    SLA2_UNROLL for (int first = 0; first < kCount; first += kAttendThreads) {
+      const int at = first + thread_index();
+      if (kCount % kAttendThreads == 0 || at < kCount) body(at);
+    }
+  } else {
+    SLA2_NO_UNROLL for (int at = thread_index(); at < kCount; at += block_threads()) body(at);
+  }
+}
+
+/// Starts the copies of one tile.
+template <Format F, int D>
+SLA2_DEVICE void load_tile(const Call& c, const Queries& q, int tile, int stage) {
   using S = Sparse<F, D>;
   unsigned char* keys =
-      shared_memory<unsigned char>(static_cast<std::size_t>(stage) * S::kStageBytes);
+      shared_memory<unsigned char>(kTilesAt + static_cast<std::size_t>(stage) * S::kStageBytes);
   unsigned char* values = keys + S::kPlanes * S::kKeyPlane;
   const auto* k_low = static_cast<const unsigned char*>(c.k_low);
   const auto* v_low = static_cast<const unsigned char*>(c.v_low);
   SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
-    const Part& part = parts[p] = part_of<F, D>(c, q, routed, tile * S::kParts + p);
-    const bool valid = part.block >= 0;
+    const int index = tile * S::kParts + p;
+    const int block = entry_of<F, D>(index >> part_bits<F, D>(c))->block;
+    const bool valid = block >= 0;
     const std::int64_t row =
-        valid ? (std::int64_t{q.key_head} * c.T + part.block) * c.bk + part.offset
+        valid ? (std::int64_t{q.key_head} * c.T + block) * c.bk + part_offset<F, D>(c, index)
               : std::int64_t{0};
+    // A part's keys, and its values, lie together in global memory.
+    constexpr int kUnits = D * S::kBytes / 16;
     SLA2_UNROLL for (int plane = 0; plane < S::kPlanes; ++plane) {
-      constexpr int kUnits = D * S::kBytes / 16;
-      for (int at = thread_index(); at < S::kPartKeys * kUnits; at += block_threads()) {
-        const int r = at / kUnits;
-        const int unit = at % kUnits * 16;
-        const int to = plane * S::kKeyPlane + (p * S::kPartKeys + r) * S::kKeyStride + unit;
-        copy_async_16(keys + to, k_low + (plane * c.k_plane + (row + r) * D) * S::kBytes + unit,
-                      valid);
-        if constexpr (!S::kLowBit) {
-          static_assert(S::kKeyStride == S::kValueStride);
-          copy_async_16(values + to, v_low + (plane * c.v_plane + (row + r) * D) * S::kBytes + unit,
-                        valid);
-        }
-      }
-    }
-    if constexpr (S::kLowBit) {
-      for (int at = thread_index(); at < D * kKeyStep / 16; at += block_threads()) {
-        const int channel = at / 2;
-        const int unit = at % 2 * 16;
-        copy_async_16(values + channel * S::kValueStride + p * kKeyStep + unit,
-                      v_low + (row / kKeyStep * D + channel) * kKeyStep + unit, valid);
-      }
+      const unsigned char* k_from = k_low + (plane * c.k_plane + row * D) * S::kBytes;
+      const unsigned char* v_from = v_low + (plane * c.v_plane + row * D) * S::kBytes;
+      unsigned char* k_to = keys + plane * S::kKeyPlane + p * S::kPartKeys * S::kKeyStride;
+      unsigned char* v_to =
+          values +
+          (S::kLowBit ? p * kKeyStep : plane * S::kValuePlane + p * S::kPartKeys * S::kValueStride);
+      spread<S::kPartKeys * kUnits>([&](int at) {
+        const int to = at / kUnits * S::kKeyStride + at % kUnits * 16;
+        copy_async_16(k_to + to, k_from + at * 16, valid);
+        constexpr int kRowUnits = S::kLowBit ? kKeyStep / 16 : kUnits;
+        const int v_at = at / kRowUnits * S::kValueStride + at % kRowUnits * 16;
+        copy_async_16(v_to + v_at, v_from + at * 16, valid);
+      });
     }
   }
 }
@@ -178,6 +207,44 @@ SLA2_DEVICE void row_fragment(const void* base, const Call& c, const Queries& q,
     fragment[e] = load_4(bytes + q.line(c, e % 2) * row_bytes + e / 2 * 16);
   }
 }
+
+/// Starts the copy of the warp's 16 rows of q.
+template <Format F, int D>
+SLA2_DEVICE void load_queries(const Call& c, const Queries& q) {
+  using S = Sparse<F, D>;
+  constexpr int kUnits = D * S::kBytes / 16;
+  const int first = warp_index() * 16;
+  unsigned char* to = shared_memory<unsigned char>(S::kQueriesAt) + first * S::kQueryStride;
+  const auto* from = static_cast<const unsigned char*>(c.q_low) +
+                     (std::int64_t{q.head} * c.Nq + q.first + first) * D * S::kBytes;
+  const int rows = q.end(c) - q.first - first;
+  SLA2_UNROLL for (int i = 0; i < 16 * kUnits; i += 32) {
+    const int at = i + lane_index();
+    const bool valid = at / kUnits < rows;
+    copy_async_16(to + at / kUnits * S::kQueryStride + at % kUnits * 16,
+                  valid ? from + at * 16 : static_cast<const unsigned char*>(c.q_low), valid);
+  }
+}
+
+/// q's fragments, wherever they lie.
+template <Format F, int D>
+struct QueryFragments {
+  using S = Sparse<F, D>;
+  std::uint32_t kept[S::kKeptQ ? S::kSteps : 1][4];
+
+  SLA2_DEVICE void load(const Call& c, const Queries& q, int step,
+                        std::uint32_t (&fragment)[4]) const {
+    if constexpr (S::kSharedQ) {
+      ldmatrix_x4(fragment, shared_memory<unsigned char>(S::kQueriesAt) +
+                                (warp_index() * 16 + lane_index() % 16) * S::kQueryStride +
+                                step * 32 + lane_index() / 16 * 16);
+    } else if constexpr (S::kKeptQ) {
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) fragment[e] = kept[step][e];
+    } else {
+      row_fragment(c.q_low, c, q, D * S::kBytes, step, fragment);
+    }
+  }
+};
 
 // ---- Products --------------------------------------------------------------------------------
 
@@ -197,50 +264,39 @@ SLA2_DEVICE const unsigned char* fragment_row(const unsigned char* base, int row
   return base + (row + lane_index() % 8) * stride + byte + lane_index() / 8 * 16;
 }
 
-/// q.ks of low-bit integers.
+/// q.ks, not scaled.
 template <Format F, int D>
-SLA2_DEVICE void score_low_bit(const unsigned char* keys,
-                               const std::uint32_t (&q)[Sparse<F, D>::kSteps][4],
-                               float (&s)[Sparse<F, D>::kScores][4]) {
+SLA2_DEVICE void score(const Call& c, const Queries& rows, const unsigned char* keys,
+                       const QueryFragments<F, D>& q, float (&s)[Sparse<F, D>::kScores][4]) {
   using S = Sparse<F, D>;
+  using Sum = std::conditional_t<S::kLowBit, std::int32_t, float>;
+  Sum dot[S::kScores][4];
   SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
-    std::int32_t dot[4] = {kMagicBits, kMagicBits, kMagicBits, kMagicBits};
-    SLA2_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) dot[n][e] = S::kLowBit ? Sum{kMagicBits} : Sum{0};
+  }
+  const unsigned char* row =
+      keys + (lane_index() / 16 * 8 + lane_index() % 8) * S::kKeyStride + lane_index() / 8 % 2 * 16;
+  SLA2_UNROLL for (int step = 0; step < S::kSteps; ++step) {
+    std::uint32_t a[4];
+    q.load(c, rows, step, a);
+    SLA2_UNROLL for (int n = 0; n < S::kScores; n += 2) {
       std::uint32_t k[4];
-      ldmatrix_x4(k, fragment_row(keys, n * 8, S::kKeyStride, step * 32));
-      mma_s8_s8(dot, q[step], k[0], k[1]);
-      mma_s8_s8(dot, q[step + 1], k[2], k[3]);
+      ldmatrix_x4(k, row + n * 8 * S::kKeyStride + step * 32);
+      SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+        if constexpr (S::kLowBit) {
+          mma_s8_s8(dot[n + half], a, k[2 * half], k[2 * half + 1]);
+        } else {
+          mma_16<F>(dot[n + half], a, k[2 * half], k[2 * half + 1]);
+        }
+      }
     }
+  }
+  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
     SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-      s[n][e] = bits_to_float(static_cast<std::uint32_t>(dot[e])) - kMagic;
-    }
-  }
-}
-
-/// q.ks of 16-bit numbers.
-template <Format F, int D>
-SLA2_DEVICE void score_16(const Call& c, const Queries& rows, const unsigned char* keys,
-                          const std::uint32_t (&q)[Sparse<F, D>::kSteps][4],
-                          float (&s)[Sparse<F, D>::kScores][4]) {
-  using S = Sparse<F, D>;
-  SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = 0;
-  }
-  SLA2_UNROLL for (int step = 0; step < S::kSteps; step += 2) {
-    std::uint32_t q0[4], q1[4];
-    if constexpr (!S::kKeepQ) {
-      row_fragment(c.q_low, c, rows, D * 2, step, q0);
-      row_fragment(c.q_low, c, rows, D * 2, step + 1, q1);
-    }
-    SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
-      std::uint32_t k[4];
-      ldmatrix_x4(k, fragment_row(keys, n * 8, S::kKeyStride, step * 32));
-      if constexpr (S::kKeepQ) {
-        mma_16<F>(s[n], q[step], k[0], k[1]);
-        mma_16<F>(s[n], q[step + 1], k[2], k[3]);
+      if constexpr (S::kLowBit) {
+        s[n][e] = bits_to_float(static_cast<std::uint32_t>(dot[n][e])) - kMagic;
       } else {
-        mma_16<F>(s[n], q0, k[0], k[1]);
-        mma_16<F>(s[n], q1, k[2], k[3]);
+        s[n][e] = dot[n][e];
       }
     }
   }
@@ -314,6 +370,8 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
     run.sum[1] = run.sum[1] * correction[1] + total[2];
   }
   SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+    // Keeps the compiler from loading many fragments ahead, which would cost it the registers of o.
+    if (n % 4 != 0) warp_barrier();
     std::uint32_t v[4];
     ldmatrix_x4(v, fragment_row(values, n * 8, S::kValueStride, 0));
     if constexpr (F == Format::kInt8) {
@@ -345,8 +403,10 @@ SLA2_DEVICE void weigh_16(const unsigned char* values, const float (&s)[Sparse<F
     SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) total += s[n][2 * r] + s[n][2 * r + 1];
     run.sum[r] = fused(run.sum[r], correction[r], total);
   }
-  SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
-    SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] *= correction[e / 2];
+  if (ballot(correction[0] != 1 || correction[1] != 1) != 0) {  // a maximum of the warp moved
+    SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] *= correction[e / 2];
+    }
   }
   const int lane = lane_index();
   SLA2_UNROLL for (int step = 0; step < S::kScores / 2; ++step) {
@@ -386,29 +446,33 @@ SLA2_DEVICE void weigh_16(const unsigned char* values, const float (&s)[Sparse<F
 
 /// Scores of one tile to weights exp2(s - max): scales, masks, moves the running maximum.
 template <Format F, int D>
-SLA2_DEVICE void soften(const Part (&parts)[Sparse<F, D>::kParts], const float (&row_scale)[2],
+SLA2_DEVICE void soften(const Call& c, int tile, const float (&row_scale)[2],
                         float (&s)[Sparse<F, D>::kScores][4], Running<D>& run,
                         float (&correction)[2]) {
   using S = Sparse<F, D>;
   constexpr int kPerPart = S::kPartKeys / 8;
   float max[2] = {run.max[0], run.max[1]};
   SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
-    const float key_scale = S::kLowBit ? parts[p].key_scale : 1.0f;
+    const Part part = part_of<F, D>(c, tile * S::kParts + p);
+    const float key_scale = S::kLowBit ? part.value : 1.0f;
     const float factor[2] = {row_scale[0] * key_scale, row_scale[1] * key_scale};
     SLA2_UNROLL for (int m = 0; m < kPerPart; ++m) {
       float(&x)[4] = s[p * kPerPart + m];
       SLA2_UNROLL for (int e = 0; e < 4; ++e) {
         x[e] *= factor[e / 2];
-        if constexpr (!S::kLowBit) x[e] += parts[p].log2_weight;
+        if constexpr (!S::kLowBit) x[e] += part.value;
       }
     }
-    if (parts[p].valid < S::kPartKeys) {
+    if (part.valid < S::kPartKeys) {
       SLA2_UNROLL for (int m = 0; m < kPerPart; ++m) {
         SLA2_UNROLL for (int e = 0; e < 4; ++e) {
           const int key = m * 8 + lane_index() % 4 * 2 + e % 2;
-          if (key >= parts[p].valid) s[p * kPerPart + m][e] = -kInfinity;
+          if (key >= part.valid) s[p * kPerPart + m][e] = -kInfinity;
         }
       }
+    }
+    if constexpr (S::kLowBit) {  // a scale that is NaN makes the row NaN
+      SLA2_UNROLL for (int r = 0; r < 2; ++r) run.sum[r] += key_scale - key_scale;
     }
   }
   SLA2_UNROLL for (int n = 0; n < S::kScores; ++n) {
@@ -433,11 +497,12 @@ SLA2_DEVICE void soften(const Part (&parts)[Sparse<F, D>::kParts], const float (
 template <Format F, int D>
 SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run, float (&lse)[2]) {
   using S = Sparse<F, D>;
-  std::uint32_t fragments[S::kSteps][4];
+  QueryFragments<F, D> fragments;
   float q_scale[2] = {1, 1};
-  if constexpr (S::kKeepQ) {
+  if constexpr (S::kSharedQ) load_queries<F, D>(c, q);
+  if constexpr (S::kKeptQ) {
     SLA2_UNROLL for (int step = 0; step < S::kSteps; ++step) {
-      row_fragment(c.q_low, c, q, D * S::kBytes, step, fragments[step]);
+      row_fragment(c.q_low, c, q, D * S::kBytes, step, fragments.kept[step]);
     }
   }
   if constexpr (S::kLowBit) {
@@ -453,42 +518,39 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     run.sum[r] = 0;
   }
 
-  const Routed routed = routed_of<F, D>(c, q);
-  const int tiles = ((routed.count << routed.part_bits) + S::kParts - 1) / S::kParts;
-  float poisoned = 0;  // NaN if a scale is
-  Part next[S::kParts];
-  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, routed, 0, 0, next);
+  const int tiles = ((routed_count(c, q) << part_bits<F, D>(c)) + S::kParts - 1) / S::kParts;
+  fill_entries<F, D>(c, q, 0);
+  block_barrier();
+  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, 0, 0);
   copy_async_commit();
-  for (int tile = 0; tile < tiles; ++tile) {
+  SLA2_NO_UNROLL for (int tile = 0; tile < tiles; ++tile) {
     if constexpr (S::kStages == 1) {
       block_barrier();
-      load_tile<F, D>(c, q, routed, tile, 0, next);
+      load_tile<F, D>(c, q, tile, 0);
       copy_async_commit();
     }
     copy_async_wait<0>();
     block_barrier();
-    Part parts[S::kParts];
-    SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) parts[p] = next[p];
+    const int next = (tile + 1) * S::kParts;  // part; the first of 32 entries?
+    if ((next & ((32 << part_bits<F, D>(c)) - 1)) == 0) {
+      fill_entries<F, D>(c, q, next >> part_bits<F, D>(c));
+      block_barrier();
+    }
     if (S::kStages == 2 && tile + 1 < tiles) {
-      load_tile<F, D>(c, q, routed, tile + 1, (tile + 1) % 2, next);
+      load_tile<F, D>(c, q, tile + 1, (tile + 1) % 2);
       copy_async_commit();
     }
-    SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
-      poisoned += parts[p].key_scale - parts[p].key_scale;
-    }
     const unsigned char* keys = shared_memory<unsigned char>(
-        static_cast<std::size_t>(S::kStages == 2 ? tile % 2 : 0) * S::kStageBytes);
+        kTilesAt + static_cast<std::size_t>(S::kStages == 2 ? tile % 2 : 0) * S::kStageBytes);
     const unsigned char* values = keys + S::kPlanes * S::kKeyPlane;
     float s[S::kScores][4];
     float correction[2];
-    if constexpr (S::kLowBit) {
-      score_low_bit<F, D>(keys, fragments, s);
-    } else if constexpr (F == Format::kFp32) {
+    if constexpr (F == Format::kFp32) {
       score_fp32<D>(c, q, keys, s);
     } else {
-      score_16<F, D>(c, q, keys, fragments, s);
+      score<F, D>(c, q, keys, fragments, s);
     }
-    soften<F, D>(parts, row_scale, s, run, correction);
+    soften<F, D>(c, tile, row_scale, s, run, correction);
     if constexpr (S::kLowBit) {
       weigh_low_bit<F, D>(values, s, correction, run);
     } else {
@@ -496,7 +558,7 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     }
   }
 
-  float poison[2] = {poisoned, poisoned};
+  float poison[2] = {};
   SLA2_UNROLL for (int r = 0; r < 2; ++r) {
     if constexpr (S::kLowBit) {
       poison[r] += row_scale[r] - row_scale[r];

@@ -1,8 +1,9 @@
 // Step 3: H_i and Z_i for all query blocks of a head as one matrix product, (1 - m) [M, T] times
 // h [T, d dv + d], summed block by block and never a total minus a part.
-// A block owns 128 query blocks x 128 columns; steps of 32 key blocks come by asynchronous copies
-// into a ring of three; neighbouring blocks share their columns of h in the L2 cache. The order of
-// a sum is fixed: the same bits every run.
+// A block owns 128 query blocks x 256 columns, a warp 64 x 64 of them; steps of 32 key blocks come
+// by asynchronous copies into a ring of three; neighbouring blocks share their columns of h in the
+// L2 cache. The sums leave through shared memory in whole lines. The order of a sum is fixed: the
+// same bits every run.
 #include "cuda/rows.cuh"
 #include "cuda/stages.h"
 
@@ -10,13 +11,15 @@ namespace sla2::SLA2_CUDA_ROOM {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTileM = 128, kTileN = 128, kStep = 32, kRing = 3;
+constexpr int kTileM = 128, kTileN = 256, kStep = 32, kRing = 3;
 constexpr int kStrideA = kStep + 8;  // bf16; 16-byte units odd: ldmatrix without conflicts
 constexpr int kStrideB = kTileN + 8;
 constexpr int kBytesA = kTileM * kStrideA * 2;
 constexpr int kBytesB = kStep * kStrideB * 2;
-constexpr int kWarpsN = 2;  // 4 x 2 warps of 32 x 64
-constexpr int kTilesM = 2, kTilesN = 8;
+constexpr int kWarpsN = 4;  // 2 x 4 warps of 64 x 64
+constexpr int kTilesM = 4, kTilesN = 8;
+constexpr std::size_t kRingBytes = std::size_t{kRing} * (kBytesA + kBytesB);
+static_assert(kTileM * kStrideB * 2 <= kRingBytes);  // the sums, term by term
 
 struct Tile {
   const Bf16* a;  // [M, Tp] of the head
@@ -106,27 +109,38 @@ SLA2_DEVICE void multiply_step(int stage, float (&acc)[kTilesM][kTilesN][4]) {
 
 SLA2_DEVICE void store_sums(const Call& c, const Tile& tile, std::int64_t head,
                             float (&acc)[kTilesM][kTilesN][4]) {
-  const int g = lane_index() / 4;
-  const int t = lane_index() % 4;
-  SLA2_UNROLL for (int m = 0; m < kTilesM; ++m) {
-    SLA2_UNROLL for (int n = 0; n < kTilesN; ++n) {
-      const std::int64_t column = tile.n0 + (warp_index() % kWarpsN * kTilesN + n) * 8 + 2 * t;
-      SLA2_UNROLL for (int half = 0; half < 2; ++half) {
-        const int row = tile.m0 + (warp_index() / kWarpsN * kTilesM + m) * 16 + g + 8 * half;
-        if (row >= c.M || column >= c.S) continue;
-        float x = acc[m][n][2 * half];
-        float y = acc[m][n][2 * half + 1];
-        Bf16* to = c.sums.data + (head * c.M + row) * c.S + column;
-        for (int term = 0; term < c.sums.count; ++term) {
-          store_4(to + term * c.sums.plane, next_term(x, y));
+  const int lane = lane_index();
+  Bf16* staged = shared_memory<Bf16>(0);
+  Bf16* own = staged + (warp_index() / kWarpsN * kTilesM * 16 + lane / 4) * kStrideB +
+              warp_index() % kWarpsN * kTilesN * 8 + lane % 4 * 2;
+  Bf16* to = c.sums.data + (head * c.M + tile.m0) * c.S + tile.n0;
+  SLA2_NO_UNROLL for (int term = 0; term < c.sums.count; ++term) {
+    block_barrier();  // the ring, or the last term, has been read
+    SLA2_UNROLL for (int m = 0; m < kTilesM; ++m) {
+      SLA2_UNROLL for (int n = 0; n < kTilesN; ++n) {
+        SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+          float(&x)[4] = acc[m][n];
+          store_4(own + (m * 16 + 8 * half) * kStrideB + n * 8,
+                  next_term(x[2 * half], x[2 * half + 1]));
         }
+      }
+    }
+    block_barrier();
+    constexpr int kUnits = kTileN / 8;
+    SLA2_UNROLL for (int i = 0; i < kTileM * kUnits / kThreads; ++i) {
+      const int unit = thread_index() + i * kThreads;
+      const int row = unit / kUnits;
+      const int column = unit % kUnits * 8;
+      if (tile.m0 + row < c.M && tile.n0 + column < c.S) {
+        store_16(to + term * c.sums.plane + row * c.S + column,
+                 load_16(staged + row * kStrideB + column));
       }
     }
   }
 }
 
 template <bool kExact>
-SLA2_KERNEL(kThreads, 2)
+SLA2_KERNEL(kThreads, 1)
 void sums_kernel(Call c) {
   const int m_tiles = static_cast<int>(ceil_div(c.M, kTileM));
   const int n_tiles = static_cast<int>(ceil_div(c.S, kTileN));
@@ -155,6 +169,7 @@ void sums_kernel(Call c) {
     copy_async_commit();
     multiply_step<kExact>(i % kRing, acc);
   }
+  copy_async_wait<0>();
   store_sums(c, tile, head, acc);
 }
 
@@ -164,7 +179,7 @@ void sum_states(const Call& c, void* stream) {
   const std::int64_t blocks =
       std::int64_t{c.B} * c.H * ceil_div(c.M, kTileM) * ceil_div(c.S, kTileN);
   launch(stream, c.terms == 1 ? sums_kernel<false> : sums_kernel<true>, {blocks}, kThreads,
-         std::size_t{kRing} * (kBytesA + kBytesB), c);
+         kRingBytes, c);
 }
 
 }  // namespace sla2::SLA2_CUDA_ROOM
