@@ -50,12 +50,6 @@ void require_float(const char* name, const Tensor& tensor) {
   }
 }
 
-void require_same_place(const char* name, const Tensor& tensor, const Tensor& q) {
-  if (tensor.is_cpu() != q.is_cpu() || tensor.get_device_index() != q.get_device_index()) {
-    throw Error(std::string(name) + " must be on q's device, got another one");
-  }
-}
-
 bool has_shape(const Tensor& tensor, std::initializer_list<std::int64_t> shape) {
   if (tensor.dim() != static_cast<std::int64_t>(shape.size())) return false;
   std::int64_t axis = 0;
@@ -97,6 +91,12 @@ Problem make_problem(const RawArguments& raw) {
 }
 
 }  // namespace
+
+void require_same_place(const char* name, const Tensor& tensor, const Tensor& q) {
+  if (tensor.is_cpu() != q.is_cpu() || tensor.get_device_index() != q.get_device_index()) {
+    throw Error(std::string(name) + " must be on q's device, got another one");
+  }
+}
 
 Arguments::Arguments(const RawArguments& raw) : problem(make_problem(raw)) {
   const std::int64_t d = problem.head_dim;
@@ -146,12 +146,14 @@ Arguments::Arguments(const RawArguments& raw) : problem(make_problem(raw)) {
   }
 }
 
-void Arguments::give_routing(const OptionalTensor& blocks, const OptionalTensor& logits) {
+void Arguments::give_routing(const OptionalTensor& blocks, const OptionalTensor& logits,
+                             const Tensor& q) {
   const std::int64_t rows = num_q_blocks(problem);
   if (blocks) {
     require_shape(
         has_shape(*blocks, {problem.batch, problem.num_heads, rows, max_routed_blocks(problem)}),
         "routing.blocks", "[batch, heads, query blocks, routed blocks]", *blocks);
+    require_same_place("routing.blocks", *blocks, q);
     if (blocks->scalar_type() != ScalarType::Int) {
       throw Error("routing.blocks must be of type int32, got another type");
     }
@@ -163,6 +165,7 @@ void Arguments::give_routing(const OptionalTensor& blocks, const OptionalTensor&
                                       num_k_blocks(problem, problem.k_tokens)}),
                   "routing.weights", "[batch, heads, query blocks, key blocks]", *logits);
     require_float("routing.weights", *logits);
+    require_same_place("routing.weights", *logits, q);
     inputs.routing.logits = dense_f32(*logits);
   }
 }

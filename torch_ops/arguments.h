@@ -39,7 +39,7 @@ struct Arguments {
   explicit Arguments(const RawArguments& raw);
 
   /// Sets inputs.routing; throws as the constructor does.
-  void give_routing(const OptionalTensor& blocks, const OptionalTensor& logits);
+  void give_routing(const OptionalTensor& blocks, const OptionalTensor& logits, const Tensor& q);
 
   /// A dense fp32 copy of `tensor` unless it is one, kept alive here.
   const float* dense_f32(const Tensor& tensor);
@@ -47,6 +47,8 @@ struct Arguments {
   ConstView view(const char* name, const Tensor& tensor);
 };
 
+/// Throws sla2::Error unless the tensor is on q's device.
+void require_same_place(const char* name, const Tensor& tensor, const Tensor& q);
 View mutable_view(const Tensor& tensor);
 
 /// An uninitialised tensor of this shape and type; in memory the heads lie inside the tokens when

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/accelerator.h>
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_kerne
   return translated([&] {
     Arguments arguments(
         {q, k, &v, proj_q, proj_k, alpha_logit, proj_out, key_lengths, options, numbers});
-    arguments.give_routing(blocks, logits);
+    arguments.give_routing(blocks, logits, q);
     const Problem& p = arguments.problem;
 
     const Tensor out = empty_in_layout_of(q, p.value_dim);
@@ -160,12 +161,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_kern
   return translated([&] {
     Arguments arguments(
         {q, k, &v, proj_q, proj_k, alpha_logit, proj_out, key_lengths, options, numbers});
-    arguments.give_routing(blocks, logits);
+    arguments.give_routing(blocks, logits, q);
     const Problem& p = arguments.problem;
     if (lse.numel() != p.batch * p.num_heads * p.q_tokens ||
         k_mean.numel() != p.batch * p.num_kv_heads * p.head_dim) {
       throw Error("lse and k_mean must be those that forward saved, got other sizes");
     }
+    const std::pair<const char*, const Tensor&> others[] = {{"d_out", d_out},
+                                                            {"out_sparse", out_sparse},
+                                                            {"out_linear", out_linear},
+                                                            {"lse", lse},
+                                                            {"k_mean", k_mean}};
+    for (const auto& [name, tensor] : others) require_same_place(name, tensor, q);
     const ConstRouting routing = arguments.inputs.routing;
     arguments.inputs.routing = {};  // it is what forward used, not one that the caller imposes
     const Saved saved{arguments.view("out_sparse", out_sparse),

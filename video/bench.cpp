@@ -178,6 +178,7 @@ double verify(const OpBenchOptions& options, const Run& run) {
   nn::AttentionArguments arguments;
   arguments.given_blocks = nn::route(q, k, {}, options.config).blocks;
   const torch::Tensor got = nn::attention(q, k, v, arguments, options.config);
+  arguments.given_blocks = arguments.given_blocks.cpu();
   const ReferenceOnly reference;
   const torch::Tensor want = nn::attention(q.cpu(), k.cpu(), v.cpu(), arguments, options.config);
   const double error = ((got.cpu().to(torch::kFloat64) - want.to(torch::kFloat64)).norm() /

@@ -10,6 +10,7 @@
 
 #include <fmt/format.h>
 
+#include "sla2/error.h"
 #include "sla2/implementation.h"
 #include "sla2/problem.h"
 #include "video/calibrate.h"
@@ -149,6 +150,7 @@ nlohmann::json to_json(const std::vector<StepTime>& times) {
 nlohmann::json describe_machine(const torch::Device& device) {
   Problem problem;
   problem.q_tokens = problem.k_tokens = 4096;
+  problem.device = device.is_cuda() ? Device::kCuda : Device::kCpu;
   nlohmann::json machine;
   machine["processor"] = first_match("/proc/cpuinfo", "model name");
   machine["cores"] = std::thread::hardware_concurrency();
@@ -156,7 +158,11 @@ nlohmann::json describe_machine(const torch::Device& device) {
   const double bytes =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   machine["memory_gb"] = std::round(bytes / 1e8) / 10;
-  machine["kernels"] = select_implementation(problem, Pass::kForward).name;
+  try {
+    machine["kernels"] = select_implementation(problem, Pass::kForward).name;
+  } catch (const Error&) {
+    machine["kernels"] = "none";  // of SLA2; a build without CUDA runs full attention on a GPU
+  }
   if (device.is_cuda()) {
     if (const auto gpu = find_gpu()) machine["gpu"] = gpu->name;
   }

@@ -359,3 +359,12 @@ def test_graph_capture():
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+def test_a_routing_of_another_device_is_refused():
+    if not torch.cuda.is_available() or not sla2.ops.HAS_CUDA:
+        pytest.skip("two devices: needs a GPU that torch finds, and a build with the CUDA backend")
+    call = list(arguments(HARD, grad=False, device="cuda"))
+    call[8] = torch.zeros(2, 4, 3, 2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="routing.blocks must be on q's device"):
+        torch.ops.sla2.forward(*call, True)
