@@ -15,11 +15,16 @@ from collections import defaultdict
 
 FORMATS = ["int8", "fp8", "bf16", "fp16", "fp32"]
 MOST_REGISTERS = 255
-# Bytes stored a thread. Three main kernels are held to few registers, so that two blocks share a
+# Bytes stored a thread. Four main kernels are held to few registers, so that two blocks share a
 # multiprocessor, or fill them with sums: they may spill a little (keys_kernel where key blocks have
 # more than 64 rows). Other main kernels may put two
 # registers aside; the rest (head sizes over 128, inputs of several bf16 terms) more.
-SPILLS_OF = {"attend_kernel": 80, "keys_kernel": 224, "sums_kernel": 32}
+SPILLS_OF = {
+    "attend_kernel": 80,
+    "keys_kernel": 224,
+    "sums_kernel": 32,
+    "sparse_keys_kernel": 16,
+}
 SPILLS_OF_MAIN = 8
 SPILLS_OF_OTHERS = 512
 
