@@ -94,11 +94,15 @@ void add_truncated(Row& c, const Row* products) {
   for (int n = 0; n < 8; ++n) units[n] = static_cast<std::int32_t>(c[n] * to_units[n]);
   for (int k = 0; k < kCount; ++k) {
     for (int n = 0; n < 8; ++n) {
-      units[n] += static_cast<std::int32_t>(products[k][n] * to_units[n]);
+      // Unsigned: where something is NaN the sums mean nothing, and may wrap.
+      units[n] = static_cast<std::int32_t>(
+          static_cast<std::uint32_t>(units[n]) +
+          static_cast<std::uint32_t>(static_cast<std::int32_t>(products[k][n] * to_units[n])));
     }
   }
   for (int n = 0; n < 8; ++n) {
-    const std::int32_t magnitude = units[n] < 0 ? -units[n] : units[n];
+    const auto bits = static_cast<std::uint32_t>(units[n]);
+    const auto magnitude = static_cast<std::int32_t>(units[n] < 0 ? 0U - bits : bits);
     const auto nearest = static_cast<float>(magnitude);
     const std::uint32_t excess = static_cast<std::int32_t>(nearest) > magnitude ? 1 : 0;
     const float cut = std::bit_cast<float>(std::bit_cast<std::uint32_t>(nearest) - excess);
