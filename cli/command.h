@@ -16,9 +16,9 @@ namespace sla2::cli {
 struct Session {
   video::Run& run;         // device, seed, progress, stop flag
   const Options& options;  // given(), effective()
-  /// Creates the folder (or proves that it can be written) and saves the effective configuration in
-  /// it as {command}.json.
-  void prepare_output(const std::filesystem::path& folder) const;
+  /// Saves the effective configuration in the folder as {command}.json: behind the work, so that a
+  /// run that is refused leaves that of an earlier one beside its results.
+  void save_options(const std::filesystem::path& folder) const;
   std::string command;       // "pretrain"
   std::string command_line;  // as typed, for reports
 };

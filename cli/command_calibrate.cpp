@@ -34,8 +34,10 @@ class Calibrate final : public Command {
         .range(0, 1);
     options.add("--schedule", schedule_, "all: every keep at every step; turns: one a step")
         .one_of({"all", "turns"});
-    options.add("--router-lr", settings_.router_lr, "learning rate of the routers").above(0);
-    options.add("--alpha-lr", settings_.alpha_lr, "learning rate of alpha").above(0);
+    options.add("--router-lr", settings_.router_lr, "learning rate of the routers")
+        .above(0)
+        .range(0, 1);
+    options.add("--alpha-lr", settings_.alpha_lr, "learning rate of alpha").above(0).range(0, 1);
     options.add("--held-out", settings_.held_out_samples, "samples of the error table")
         .range(1, 4096);
     options.add("--checkpoint-every", settings_.checkpoint_every, "steps between checkpoints")
@@ -67,7 +69,8 @@ class Calibrate final : public Command {
     settings_.schedule =
         schedule_ == "all" ? video::KeepSchedule::kAll : video::KeepSchedule::kTurns;
     video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device);
-    session.prepare_output(out_);
+    io::make_output_folder(out_);
+    if (resume_) require_checkpoint(out_);
     const auto dataset = inputs_.open(denoiser, session.run);
     video::TokenOrder order;
     order.kind = order_ == "tiles" ? video::TokenOrderKind::kTiles : video::TokenOrderKind::kRaster;
@@ -79,6 +82,7 @@ class Calibrate final : public Command {
     settings_.flow.prediction = denoiser.prediction();
     const video::CalibrateResult result =
         video::calibrate(denoiser, *dataset, start, settings_, session.run, out_, resume_);
+    session.save_options(out_);
     video::save_sla2(out_, result.weights);
     io::write_file(out_ / "errors.json", video::to_json(result.errors).dump(1) + "\n");
     print_errors(result);

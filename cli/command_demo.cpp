@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "io/files.h"
 #include "io/video_file.h"
 #include "video/data.h"
 #include "video/demo.h"
@@ -27,7 +28,9 @@ class Demo final : public Command {
         .range(1, 1e9);
     options.add("--stage2-steps", stage2_steps_, "steps of stage 2 (default: the preset's)")
         .range(1, 1e9);
-    options.add("--lr", lr_, "learning rate of stage 2 (default: the preset's)").above(0);
+    options.add("--lr", lr_, "learning rate of stage 2 (default: the preset's)")
+        .above(0)
+        .range(0, 10);
     options.add("--sampling-steps", sampling_steps_, "steps of the sampler (default: the preset's)")
         .range(1, 1000);
   }
@@ -44,7 +47,8 @@ class Demo final : public Command {
     if (given.given("--stage2-steps")) demo.stage2_steps = stage2_steps_;
     if (given.given("--lr")) demo.stage2_lr = lr_;
     if (given.given("--sampling-steps")) demo.sampling_steps = sampling_steps_;
-    session.prepare_output(out_);
+    io::make_output_folder(out_);
+    session.save_options(out_);
     video::run_demo(demo, session.run);
     fmt::print("report: {}\n", std::filesystem::absolute(out_ / "report.html").string());
   }

@@ -51,8 +51,9 @@ class Evaluate final : public Command {
     }
     const video::Sla2Weights weights = video::load_sla2(sla2_);
     if (keeps_.empty()) keeps_ = {weights.config.keep};
-    session.prepare_output(out_);
     const auto dataset = inputs_.open(denoiser, session.run);
+    io::make_output_folder(out_);
+    session.save_options(out_);
     video::CompareOptions options;
     options.sampler = sampler_;
     options.sampler.shift = denoiser.card.shift;

@@ -25,7 +25,9 @@ class Generate final : public Command {
     options.add("--out", out_, "the MP4 file").required();
     options.add("--steps", sampler_.steps, "sampling steps").range(1, 1000);
     options.add("--guidance", sampler_.guidance, "classifier-free guidance, 1: none").range(0, 100);
-    options.add("--shift", sampler_.shift, "of the timesteps (default: the model's)").above(0);
+    options.add("--shift", sampler_.shift, "of the timesteps (default: the model's)")
+        .above(0)
+        .range(0, 100);
     options.add("--from-t", from_t_, "noise level to start from with --frames").range(0.01, 0.99);
   }
 
@@ -36,6 +38,12 @@ class Generate final : public Command {
     }
     if (prompt_.empty() && frames_.empty() && text_.empty()) {
       throw UsageError("--prompt, --frames or --text is required");
+    }
+    if (!prompt_.empty() && !text_.empty()) {
+      throw UsageError("--prompt and --text exclude each other: both say what to show");
+    }
+    if (frames_.empty() && options.given("--from-t")) {
+      throw UsageError("--from-t needs --frames, the video to start from");
     }
     std::optional<std::filesystem::path> sla2;
     if (!sla2_.empty()) sla2 = sla2_;

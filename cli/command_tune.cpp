@@ -3,6 +3,7 @@
 
 #include "cli/command.h"
 #include "cli/stage_options.h"
+#include "io/files.h"
 #include "video/tune.h"
 
 namespace sla2::cli {
@@ -32,9 +33,10 @@ class Tune final : public Command {
         .range(0, 1);
     options.add("--steps", train.steps, "training steps").range(1, 1e9).no_effect();
     options.add("--batch", settings_.batch, "windows per step").range(1, 65536);
-    options.add("--lr", train.lr, "learning rate").above(0);
+    options.add("--lr", train.lr, "learning rate").above(0).range(0, 10);
     options.add("--attention-lr-scale", settings_.attention_lr_scale, "of alpha and proj_out")
-        .above(0);
+        .above(0)
+        .range(0, 1e6);
     options.add("--warmup", train.warmup, "steps of warm-up").range(0, 1e9);
     options.add("--weight-decay", train.weight_decay, "of matrices").range(0, 10);
     options.add("--clip-norm", train.clip_norm, "gradient norm, 0: no clipping").range(0, 1e9);
@@ -52,13 +54,15 @@ class Tune final : public Command {
     video::Sla2Weights weights = video::load_sla2(sla2_);
     if (session.options.given("--keep")) weights.config.keep = keep_;
     weights.config.routing = RoutingMode::kHard;
-    session.prepare_output(out_);
+    io::make_output_folder(out_);
+    if (resume_) require_checkpoint(out_);
     const auto dataset = inputs_.open(denoiser, session.run);
     denoiser.transformer->set_activation_checkpointing(checkpointing_);
     settings_.flow.prediction = denoiser.prediction();
     const video::TuneResult result =
         video::tune(denoiser, *dataset, weights, settings_, session.run, out_,
                     session.options.effective(true), resume_);
+    session.save_options(out_);
     fmt::print("{}: {} steps, loss {:.4f} -> {:.4f}\n", out_.string(), result.losses.size(),
                result.losses.front(), result.losses.back());
   }

@@ -64,8 +64,10 @@ std::vector<std::unique_ptr<Entry>> make_entries(CLI::App& app) {
 }
 
 std::string one_line(std::string text) {
-  // c10::Error appends a C++ stack trace.
-  text = text.substr(0, text.find("\nException raised from"));
+  // c10's errors append a C++ stack trace, some of them without its first line.
+  for (const char* trace : {"\nException raised from", "\nframe #0: "}) {
+    text = text.substr(0, text.find(trace));
+  }
   for (char& c : text) {
     if (c == '\n' || c == '\r') c = ' ';
   }
@@ -113,6 +115,7 @@ int run_program(int argc, char** argv) {
   std::signal(SIGINT, on_signal);
   std::signal(SIGTERM, on_signal);
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);  // a write past the limit of file sizes fails like a full disk's
   for (const auto& entry : entries) {
     if (entry->app->parsed()) run_entry(*entry, command_line);
   }
@@ -121,8 +124,7 @@ int run_program(int argc, char** argv) {
 
 }  // namespace
 
-void Session::prepare_output(const std::filesystem::path& folder) const {
-  io::make_output_folder(folder);
+void Session::save_options(const std::filesystem::path& folder) const {
   io::write_file(folder / (command + ".json"), options.effective().dump(2) + "\n");
 }
 

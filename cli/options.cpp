@@ -1,6 +1,7 @@
 #include "cli/options.h"
 
 #include <algorithm>
+#include <charconv>
 #include <limits>
 #include <type_traits>
 
@@ -70,6 +71,15 @@ void from_value(const nlohmann::json& json, const std::string& key, T& value) {
   }
 }
 
+/// CLI11 takes 99999999999999999999 for the largest integer and 010 for 8. Empty if it is good.
+std::string whole_number_error(const std::string& text) {
+  std::int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error == std::errc() && stop == end) return {};
+  return fmt::format("must be a whole number of 64 bits, got {}", text);
+}
+
 std::size_t edit_distance(const std::string& a, const std::string& b) {
   std::vector<std::size_t> row(b.size() + 1);
   for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
@@ -131,6 +141,9 @@ Option& Options::add(const std::string& flag, T& value, const std::string& help)
     option.cli = app_.add_flag(flag, value, help);
   } else {
     option.cli = app_.add_option(flag, value, help);
+    if constexpr (std::is_same_v<T, std::int64_t> || std::is_same_v<T, std::vector<std::int64_t>>) {
+      option.cli->check(whole_number_error, "");
+    }
     const nlohmann::json start = to_value(value);
     if (start.is_number() || (start.is_string() && start != "")) {
       option.cli->default_str(start.is_string() ? start.get<std::string>() : start.dump());
@@ -188,6 +201,7 @@ void Options::check(const Option& option) {
   if (option.is_required && !option.given) {
     throw UsageError(option.flag + " is required");
   }
+  constexpr double kLargest = std::numeric_limits<double>::max();
   const nlohmann::json value = option.write();
   const auto check_one = [&](const nlohmann::json& one) {
     if (one.is_number() && (option.has_low || option.has_high)) {
@@ -195,11 +209,11 @@ void Options::check(const Option& option) {
       const bool low_good =
           !option.has_low || (option.low_open ? number > option.low : number >= option.low);
       // Negated, so that NaN is refused.
-      if (!(low_good && (!option.has_high || number <= option.high))) {
+      if (!(low_good && number <= (option.has_high ? option.high : kLargest))) {
         const std::string rule =
             option.has_high
                 ? fmt::format("in {}{}, {}]", option.low_open ? '(' : '[', option.low, option.high)
-                : fmt::format("above {}", option.low);
+                : fmt::format("above {}{}", option.low, number > kLargest ? " and finite" : "");
         throw UsageError(fmt::format("{} must be {}, got {}", option.flag, rule, number));
       }
     }

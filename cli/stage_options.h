@@ -10,6 +10,7 @@
 
 #include "cli/options.h"
 #include "io/config_json.h"
+#include "sla2/error.h"
 #include "video/data.h"
 #include "video/denoiser.h"
 
@@ -37,5 +38,12 @@ struct StageInputs {
     return video::open_dataset(options, run);
   }
 };
+
+/// For --resume: without a checkpoint the work would silently start again.
+inline void require_checkpoint(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder / "checkpoint.safetensors";
+  if (std::filesystem::exists(path)) return;
+  throw Error(ErrorKind::kRuntime, "--resume needs " + path.string() + ", which does not exist");
+}
 
 }  // namespace sla2::cli

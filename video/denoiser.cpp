@@ -62,7 +62,14 @@ Denoiser load_denoiser(const fs::path& model, const torch::Device& device,
   } else {
     denoiser.card.prediction = "velocity";
   }
-  if (sla2) apply_sla2(denoiser.transformer, load_sla2(*sla2));
+  if (sla2) {
+    const Sla2Weights loaded = load_sla2(*sla2);
+    try {
+      apply_sla2(denoiser.transformer, loaded);
+    } catch (const Error& error) {  // they do not fit the model
+      throw Error(error.kind(), fmt::format("{}: {}", sla2->string(), error.what()));
+    }
+  }
   denoiser.transformer->to(device);
   if (denoiser.card.caption_table.defined()) {
     denoiser.card.caption_table = denoiser.card.caption_table.to(device, torch::kFloat32);

@@ -19,9 +19,12 @@ struct Texts {
 
 torch::Tensor given_text(const torch::Tensor& text, const Denoiser& denoiser, const char* name) {
   const std::int64_t width = denoiser.transformer->config().text_dim;
-  if (text.dim() != 2 || text.size(1) != width) {
-    throw Error(
-        fmt::format("{} must be [L, {}], got {}", name, width, fmt::join(text.sizes(), " x ")));
+  if (text.dim() != 2 || text.size(0) < 1 || text.size(1) != width || !text.is_floating_point()) {
+    throw Error(fmt::format("{} must be floats [L, {}], got {} [{}]", name, width,
+                            torch::toString(text.scalar_type()), fmt::join(text.sizes(), ", ")));
+  }
+  if (!text.isfinite().all().item<bool>()) {
+    throw Error(fmt::format("{} must be finite, got NaN or Inf", name));
   }
   return text.to(denoiser.device(), torch::kFloat32).unsqueeze(0);
 }

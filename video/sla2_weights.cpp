@@ -133,6 +133,12 @@ Sla2Weights load_sla2(const std::filesystem::path& folder) {
   check(weights, path.string());
   weights.tensors = load_tensors(folder / kTensors);
   check_names(weights, (folder / kTensors).string());
+  for (const auto& [name, tensor] : weights.tensors) {
+    if (!tensor.isfinite().all().item<bool>()) {
+      throw Error(
+          fmt::format("{}: {} must be finite, got NaN or Inf", (folder / kTensors).string(), name));
+    }
+  }
   return weights;
 }
 
