@@ -25,7 +25,8 @@ struct VideoInfo {
 };
 
 /// The program: SLA2_FFMPEG, then the one on PATH, then the one inside the Python package
-/// imageio-ffmpeg beside this program (.venv). Throws sla2::Error saying how to get one.
+/// imageio-ffmpeg in an environment of this program (io/environment.h). Throws sla2::Error saying
+/// how to get one.
 std::filesystem::path find_ffmpeg();
 
 /// Throws sla2::Error naming the file and why: missing, empty, no video stream (audio only),

@@ -14,6 +14,7 @@
 #include <fmt/format.h>
 
 #include "io/atomic_file.h"
+#include "io/environment.h"
 #include "sla2/error.h"
 
 namespace sla2::io {
@@ -43,19 +44,15 @@ std::optional<fs::path> on_path() {
   return std::nullopt;
 }
 
-// <environment>/lib/python3*/site-packages/imageio_ffmpeg/binaries/ffmpeg-*, the last by name.
-std::optional<fs::path> in_environment(const fs::path& environment) {
+// <site-packages>/imageio_ffmpeg/binaries/ffmpeg-*, the last by name.
+std::optional<fs::path> in_packages(const fs::path& packages) {
   std::optional<fs::path> found;
   std::error_code error;
-  for (const auto& python : fs::directory_iterator(environment / "lib", error)) {
-    if (!python.path().filename().string().starts_with("python3")) continue;
-    const fs::path folder = python.path() / "site-packages" / "imageio_ffmpeg" / "binaries";
-    std::error_code missing;
-    for (const auto& file : fs::directory_iterator(folder, missing)) {
-      const bool named = file.path().filename().string().starts_with("ffmpeg-");
-      if (named && is_program(file.path()) && (!found || *found < file.path())) {
-        found = file.path();
-      }
+  for (fs::directory_iterator file(packages / "imageio_ffmpeg" / "binaries", error), end;
+       !error && file != end; file.increment(error)) {
+    const bool named = file->path().filename().string().starts_with("ffmpeg-");
+    if (named && is_program(file->path()) && (!found || *found < file->path())) {
+      found = file->path();
     }
   }
   return found;
@@ -151,20 +148,13 @@ fs::path find_ffmpeg() {
     throw Error(fmt::format("SLA2_FFMPEG must name a program, got \"{}\"", named));
   }
   if (auto program = on_path()) return *program;
-  // .venv/bin/sla2 links into the build folder, so /proc/self/exe lies beside .venv or above it.
-  std::error_code error;
-  fs::path folder = fs::read_symlink("/proc/self/exe", error).parent_path();
-  while (!error && folder.has_relative_path()) {
-    if (auto program = in_environment(folder / ".venv")) return *program;
-    if (auto program = in_environment(folder)) return *program;
-    folder = folder.parent_path();
-  }
-  if (const char* active = std::getenv("VIRTUAL_ENV"); active != nullptr && *active != '\0') {
-    if (auto program = in_environment(active)) return *program;
+  for (const fs::path& packages : site_packages()) {
+    if (auto program = in_packages(packages)) return *program;
   }
   throw Error(
       ErrorKind::kRuntime,
-      "FFmpeg must be on PATH, in SLA2_FFMPEG or in a .venv beside this program, found none: "
+      "FFmpeg must be on PATH, in SLA2_FFMPEG or in a Python environment of this program, found "
+      "none: "
       "install it (apt install ffmpeg) or run `make setup`");
 }
 

