@@ -28,9 +28,7 @@ class Demo final : public Command {
         .range(1, 1e9);
     options.add("--stage2-steps", stage2_steps_, "steps of stage 2 (default: the preset's)")
         .range(1, 1e9);
-    options.add("--lr", lr_, "learning rate of stage 2 (default: the preset's)")
-        .above(0)
-        .range(0, 10);
+    options.add("--lr", lr_, "learning rate of stage 2 (default: the preset's)").above(0, 10);
     options.add("--sampling-steps", sampling_steps_, "steps of the sampler (default: the preset's)")
         .range(1, 1000);
   }

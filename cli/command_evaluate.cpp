@@ -29,8 +29,7 @@ class Evaluate final : public Command {
     options.add("--sla2", sla2_, "folder of SLA2 weights (of calibrate or tune)").required();
     options.add("--out", out_, "folder of the report").required().no_effect();
     options.add("--keeps", keeps_, "fractions of key blocks (default: the one in sla2.json)")
-        .above(0)
-        .range(0, 1);
+        .above(0, 1);
     options
         .add("--ablations", ablations_,
              "variants of the first keep: linear_keys, linear_scope, elu, relu, fp32")

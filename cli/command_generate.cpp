@@ -25,9 +25,7 @@ class Generate final : public Command {
     options.add("--out", out_, "the MP4 file").required();
     options.add("--steps", sampler_.steps, "sampling steps").range(1, 1000);
     options.add("--guidance", sampler_.guidance, "classifier-free guidance, 1: none").range(0, 100);
-    options.add("--shift", sampler_.shift, "of the timesteps (default: the model's)")
-        .above(0)
-        .range(0, 100);
+    options.add("--shift", sampler_.shift, "of the timesteps (default: the model's)").above(0, 100);
     options.add("--from-t", from_t_, "noise level to start from with --frames").range(0.01, 0.99);
   }
 

@@ -53,7 +53,7 @@ class Pretrain final : public Command {
     train.steps = 4400;
     options.add("--steps", train.steps, "training steps").range(1, 1e9).no_effect();
     options.add("--batch", settings_.batch, "windows per step").range(1, 65536);
-    options.add("--lr", train.lr, "learning rate").above(0).range(0, 10);
+    options.add("--lr", train.lr, "learning rate").above(0, 10);
     options.add("--warmup", train.warmup, "steps of warm-up").range(0, 1e9);
     options.add("--final-lr", train.final_lr, "cosine decay to this fraction of --lr").range(0, 1);
     options.add("--weight-decay", train.weight_decay, "of matrices").range(0, 10);
@@ -77,7 +77,7 @@ class Pretrain final : public Command {
     options.add("--prediction", prediction_, "what the network predicts").one_of({"x", "velocity"});
     options.add("--timesteps", timesteps_, "law of the timesteps")
         .one_of({"uniform", "logit_normal"});
-    options.add("--shift", settings_.flow.shift, "of the timesteps").above(0).range(0, 100);
+    options.add("--shift", settings_.flow.shift, "of the timesteps").above(0, 100);
     options.add("--t-min", settings_.flow.t_min, "bound of the loss's 1/t").range(1e-4, 1);
     options.add("--caption-dropout", settings_.flow.caption_dropout, "share without caption")
         .range(0, 1);
@@ -88,7 +88,7 @@ class Pretrain final : public Command {
     options.add("--frames", settings_.data.frames, "frames of a window").range(1, 4096);
     options.add("--height", settings_.data.height, "pixels").range(1, 8192);
     options.add("--width", settings_.data.width, "pixels").range(1, 8192);
-    options.add("--fps", settings_.data.fps, "frames per second").above(0).range(0, 1000);
+    options.add("--fps", settings_.data.fps, "frames per second").above(0, 1000);
     options.add("--patch", patch_, "patch size: frames,height,width").range(1, 256);
     options.add("--layers", model.num_layers, "transformer blocks").range(1, 1000);
     options.add("--heads", model.num_attention_heads, "attention heads").range(1, 1000);

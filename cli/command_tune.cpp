@@ -29,14 +29,12 @@ class Tune final : public Command {
     options.add("--out", out_, "folder of the tuned weights and model").required().no_effect();
     options.add("--resume", resume_, "continue from the checkpoint in --out").no_effect();
     options.add("--keep", keep_, "fraction of key blocks (default: the one in sla2.json)")
-        .above(0)
-        .range(0, 1);
+        .above(0, 1);
     options.add("--steps", train.steps, "training steps").range(1, 1e9).no_effect();
     options.add("--batch", settings_.batch, "windows per step").range(1, 65536);
-    options.add("--lr", train.lr, "learning rate").above(0).range(0, 10);
+    options.add("--lr", train.lr, "learning rate").above(0, 10);
     options.add("--attention-lr-scale", settings_.attention_lr_scale, "of alpha and proj_out")
-        .above(0)
-        .range(0, 1e6);
+        .above(0, 1e6);
     options.add("--warmup", train.warmup, "steps of warm-up").range(0, 1e9);
     options.add("--weight-decay", train.weight_decay, "of matrices").range(0, 10);
     options.add("--clip-norm", train.clip_norm, "gradient norm, 0: no clipping").range(0, 1e9);

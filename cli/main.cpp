@@ -90,6 +90,9 @@ void run_entry(Entry& entry, const std::string& command_line) {
     const c10::DeviceGuard guard(device);
     static_cast<void>(self_test(true));  // a wrong kernel is an error, before any work
   }
+  // Everything random has a generator of its own; this one fills fresh modules before their weights
+  // are read, and its state is part of a checkpoint.
+  torch::manual_seed(static_cast<std::uint64_t>(entry.seed));
   if (entry.threads > 0) torch::set_num_threads(static_cast<int>(entry.threads));
   video::Run run{.device = device, .seed = entry.seed, .progress = progress, .stop = &stop_flag};
   Session session{.run = run,

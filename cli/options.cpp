@@ -100,14 +100,13 @@ std::size_t edit_distance(const std::string& a, const std::string& b) {
 Option& Option::range(double from, double to) {
   low = from;
   high = to;
-  has_low = has_high = true;
+  has_range = true;
   return *this;
 }
 
-Option& Option::above(double from) {
-  low = from;
-  has_low = low_open = true;
-  return *this;
+Option& Option::above(double from, double to) {
+  low_open = true;
+  return range(from, to);
 }
 
 Option& Option::one_of(std::vector<std::string> values) {
@@ -201,20 +200,14 @@ void Options::check(const Option& option) {
   if (option.is_required && !option.given) {
     throw UsageError(option.flag + " is required");
   }
-  constexpr double kLargest = std::numeric_limits<double>::max();
   const nlohmann::json value = option.write();
   const auto check_one = [&](const nlohmann::json& one) {
-    if (one.is_number() && (option.has_low || option.has_high)) {
+    if (one.is_number() && option.has_range) {
       const double number = one.get<double>();
-      const bool low_good =
-          !option.has_low || (option.low_open ? number > option.low : number >= option.low);
-      // Negated, so that NaN is refused.
-      if (!(low_good && number <= (option.has_high ? option.high : kLargest))) {
-        const std::string rule =
-            option.has_high
-                ? fmt::format("in {}{}, {}]", option.low_open ? '(' : '[', option.low, option.high)
-                : fmt::format("above {}{}", option.low, number > kLargest ? " and finite" : "");
-        throw UsageError(fmt::format("{} must be {}, got {}", option.flag, rule, number));
+      const bool low_good = option.low_open ? number > option.low : number >= option.low;
+      if (!(low_good && number <= option.high)) {  // negated, so that NaN is refused
+        throw UsageError(fmt::format("{} must be in {}{}, {}], got {}", option.flag,
+                                     option.low_open ? '(' : '[', option.low, option.high, number));
       }
     }
     if (!option.choices.empty() && one.is_string() &&

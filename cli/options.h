@@ -26,8 +26,8 @@ class Option {
  public:
   /// Inclusive; applies to each element of a list. Numbers only.
   Option& range(double low, double high);
-  /// Strictly above `low`.
-  Option& above(double low);
+  /// The same without `low` itself.
+  Option& above(double low, double high);
   Option& one_of(std::vector<std::string> values);
   /// Must be given, on the command line or in the file.
   Option& required();
@@ -42,7 +42,7 @@ class Option {
   std::function<nlohmann::json()> write;
   bool is_required = false, given = false, affects_results = true;
   double low = 0, high = 0;
-  bool has_low = false, has_high = false, low_open = false;
+  bool has_range = false, low_open = false;
   std::vector<std::string> choices;
 };
 
