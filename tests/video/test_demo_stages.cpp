@@ -1,4 +1,6 @@
 // Stage 1 lowers the attention error and resumes to the same bits; stage 2 leaves the router alone.
+#include <iostream>
+
 #include <gtest/gtest.h>
 
 #include "demo_fixture.h"
@@ -24,29 +26,82 @@ CalibrateResult run_stage1(const CalibrateOptions& options, const std::filesyste
   return calibrate(denoiser, data, start, options, silent.run, folder, resume);
 }
 
-double mean_of(const std::vector<double>& values, std::size_t begin, std::size_t end) {
-  double sum = 0;
-  for (std::size_t i = begin; i < end; ++i) sum += values[i];
-  return sum / static_cast<double>(end - begin);
-}
+/// A bright spot that drifts over soft stripes, another one in every window: 8 frames of 64 x 64.
+class SpotDataset final : public Dataset {
+ public:
+  const std::vector<std::string>& names() const override { return names_; }
+  bool has_latents() const override { return false; }
+  Batch batch(std::int64_t seed, std::int64_t step, std::int64_t count,
+              std::int64_t first_index) const override {
+    Batch batch;
+    std::vector<torch::Tensor> windows;
+    for (std::int64_t i = 0; i < count; ++i) {
+      windows.push_back(window(static_cast<std::int64_t>(mix(seed, step, first_index + i) >> 1)));
+    }
+    batch.pixels = torch::stack(windows);
+    batch.clip.resize(windows.size());
+    return batch;
+  }
+  Batch first_window(std::int64_t) const override { return batch(0, 0, 1, 0); }
 
-TEST(Stage1, LowersItsLossAndMeasuresTheError) {
+ private:
+  static torch::Tensor window(std::int64_t seed) {
+    const auto draw = [&](std::int64_t at) {
+      return static_cast<double>(mix(seed, at) % 1000) / 1000;
+    };
+    const torch::Tensor f = torch::arange(8).view({8, 1, 1, 1}),
+                        y = torch::arange(64).view({64, 1, 1}) / 64,
+                        x = torch::arange(64).view({64, 1}) / 64, c = torch::arange(3);
+    const torch::Tensor dx = x - draw(0) - (draw(1) - 0.5) * 0.1 * f;
+    const torch::Tensor dy = y - draw(2) - (draw(3) - 0.5) * 0.1 * f;
+    const torch::Tensor spot = torch::exp(-20 * (dx * dx + dy * dy)) * 160;
+    const torch::Tensor stripes = torch::sin(6 * x * draw(4) + 6 * y + c) * 40;
+    const torch::Tensor pixels = (spot + stripes + 70).clamp(0, 255).to(torch::kUInt8);
+    return pixels.expand({8, 64, 64, 3}).clone();
+  }
+  std::vector<std::string> names_{"spot"};
+};
+
+/// Mean hard-routed attention error over the layers, on samples that stage 1 does not train on.
+struct MeanError {
+  double before = 0, after = 0;
+};
+MeanError error_of_stage1(double router_lr, double alpha_lr) {
   const TemporaryFolder folder;
   SilentRun silent;
-  CalibrateOptions options = few_steps(60);
+  CalibrateOptions options = few_steps(40);
   options.keeps = {0.125};
-  const CalibrateResult result = run_stage1(options, folder.path(), false, silent);
-  ASSERT_EQ(result.errors.size(), 3U);
-  ASSERT_EQ(result.losses.size(), 60U);
-  EXPECT_LT(mean_of(result.losses, 50, 60), 0.7 * mean_of(result.losses, 0, 10));
-  // Of the hard-routed error only that it was measured: a random model's pooled scores lie far
-  // within tau of each other, so soft routing there is far from any hard choice.
+  options.checkpoint_every = 40;
+  options.router_lr = router_lr;
+  options.alpha_lr = alpha_lr;
+  // A trained model: in a random one attention follows the noise, and there is nothing to learn.
+  Denoiser denoiser =
+      load_denoiser(std::filesystem::path(SLA2_SOURCE_DIR) / "models/pixel-video-7m", torch::kCPU);
+  denoiser.card.frames = 8;
+  denoiser.card.height = denoiser.card.width = 64;
+  options.flow.prediction = denoiser.prediction();
+  const SpotDataset data;
+  const Sla2Weights start = start_weights(denoiser, small_attention(), TokenOrder{});
+  const CalibrateResult result =
+      calibrate(denoiser, data, start, options, silent.run, folder.path(), false);
+  MeanError mean;
   for (const LayerError& error : result.errors) {
-    EXPECT_GT(error.before, 0);
-    EXPECT_GT(error.after, 0);
-    EXPECT_NE(error.after, error.before);
+    mean.before += error.before / static_cast<double>(result.errors.size());
+    mean.after += error.after / static_cast<double>(result.errors.size());
   }
-  EXPECT_FALSE(result.weights.tensors.at("blocks.0.attn1.proj_q").equal(torch::eye(32)));
+  std::cout << "router_lr " << router_lr << ", alpha_lr " << alpha_lr << ": error " << mean.before
+            << " -> " << mean.after << std::endl;
+  return mean;
+}
+
+TEST(Stage1, LowersTheHeldOutErrorByRouterAndAlpha) {
+  constexpr double kRouter = 2e-3, kAlpha = 5e-2, kNone = 1e-12;
+  const MeanError both = error_of_stage1(kRouter, kAlpha);
+  const MeanError alpha = error_of_stage1(kNone, kAlpha), router = error_of_stage1(kRouter, kNone);
+  // 0.310 before; 0.216 with both trained, 0.233 with alpha alone, 0.253 with the routers alone.
+  EXPECT_LT(both.after, 0.75 * both.before);
+  EXPECT_LT(both.after, 0.96 * alpha.after);
+  EXPECT_LT(both.after, 0.90 * router.after);
 }
 
 TEST(Stage1, ResumesToTheSameBits) {
