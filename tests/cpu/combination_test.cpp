@@ -1,11 +1,11 @@
-// Options together: a seeded set of problems in which every pair of values of two options occurs,
-// each against the reference in double, forward and backward.
+// Options together: seeded sets of problems in which every pair of values of two options occurs,
+// and on small sizes every three values of three, each against the reference in double, forward and
+// backward.
 #include <array>
 #include <cstdint>
 #include <random>
 #include <set>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -40,32 +40,48 @@ enum Option : std::size_t {
 };
 constexpr std::array<int, kNumOptions> kValues{5, 5, 4, 4, 3, 3, 2, 3, 2,
                                                2, 2, 2, 2, 3, 3, 2, 2, 2};
+constexpr std::size_t kNumSizes = 4;  // the first ones
 using Choice = std::array<int, kNumOptions>;
-using Pair = std::tuple<std::size_t, int, std::size_t, int>;
 
+/// Values of some options, eight bits each: option and value. At most eight of them.
+using Tuple = std::uint64_t;
+Tuple extend(Tuple tuple, std::size_t option, int value) {
+  return tuple << 8 | option << 3 | static_cast<Tuple>(value);
+}
+
+/// Every tuple of `strength` options from `first` on, with their values in the choice.
 template <typename Visit>
-void for_each_pair(const Choice& choice, Visit visit) {
-  for (std::size_t a = 0; a < kNumOptions; ++a) {
-    for (std::size_t b = a + 1; b < kNumOptions; ++b) visit(Pair{a, choice[a], b, choice[b]});
+void for_each_tuple(const Choice& choice, std::size_t first, int strength, const Visit& visit,
+                    Tuple tuple = 0) {
+  if (strength == 0) {
+    visit(tuple);
+    return;
+  }
+  for (std::size_t at = first; at < kNumOptions; ++at) {
+    for_each_tuple(choice, at + 1, strength - 1, visit, extend(tuple, at, choice[at]));
   }
 }
 
-std::set<Pair> every_pair() {
-  std::set<Pair> pairs;
-  for (std::size_t a = 0; a < kNumOptions; ++a) {
-    for (std::size_t b = a + 1; b < kNumOptions; ++b) {
-      for (int x = 0; x < kValues[a]; ++x) {
-        for (int y = 0; y < kValues[b]; ++y) pairs.insert({a, x, b, y});
-      }
+/// The same over all values.
+void add_tuples(std::size_t first, int strength, Tuple tuple, std::set<Tuple>& tuples) {
+  if (strength == 0) {
+    tuples.insert(tuple);
+    return;
+  }
+  for (std::size_t at = first; at < kNumOptions; ++at) {
+    for (int value = 0; value < kValues[at]; ++value) {
+      add_tuples(at + 1, strength - 1, extend(tuple, at, value), tuples);
     }
   }
-  return pairs;
 }
 
-/// Greedy: a pair that is still missing, the rest at random, the best of a few such tries.
-std::vector<Choice> covering_choices() {
+/// Choices in which every tuple of values of `strength` options from `first` on occurs; those
+/// before take one of their two lowest values. Greedy: a tuple that is still missing, the rest at
+/// random, the best of a few such tries.
+std::vector<Choice> covering_choices(std::size_t first, int strength) {
   std::mt19937_64 generator(20260212);
-  std::set<Pair> missing = every_pair();
+  std::set<Tuple> missing;
+  add_tuples(first, strength, 0, missing);
   std::vector<Choice> choices;
   while (!missing.empty()) {
     Choice best{};
@@ -73,19 +89,21 @@ std::vector<Choice> covering_choices() {
     for (int attempt = 0; attempt < 10; ++attempt) {
       Choice choice{};
       for (std::size_t at = 0; at < kNumOptions; ++at) {
-        choice[at] = static_cast<int>(generator() % static_cast<std::uint64_t>(kValues[at]));
+        const int values = at < first ? 2 : kValues[at];
+        choice[at] = static_cast<int>(generator() % static_cast<std::uint64_t>(values));
       }
-      const auto [a, x, b, y] = *missing.begin();
-      choice[a] = x;
-      choice[b] = y;
+      for (Tuple tuple = *missing.begin(); tuple != 0; tuple >>= 8) {
+        choice[tuple >> 3 & 31] = static_cast<int>(tuple & 7);
+      }
       int found = 0;
-      for_each_pair(choice, [&](const Pair& pair) { found += missing.count(pair) ? 1 : 0; });
+      for_each_tuple(choice, first, strength,
+                     [&](Tuple tuple) { found += missing.contains(tuple) ? 1 : 0; });
       if (found > most) {
         most = found;
         best = choice;
       }
     }
-    for_each_pair(best, [&](const Pair& pair) { missing.erase(pair); });
+    for_each_tuple(best, first, strength, [&](Tuple tuple) { missing.erase(tuple); });
     choices.push_back(best);
   }
   return choices;
@@ -130,17 +148,24 @@ ParityCase case_of(const Choice& choice) {
 
 class Combinations : public testing::TestWithParam<const char*> {};
 
-TEST_P(Combinations, AgreeWithTheReference) {
+void expect_parity_of(const char* implementation, const std::vector<Choice>& choices) {
   Problem probe = small_problem(32, 32, 16, 16);
-  probe.implementation = GetParam();
+  probe.implementation = implementation;
   SLA2_SKIP_IF_REFUSED(probe, Pass::kForward);
-  const std::vector<Choice> choices = covering_choices();
-  RecordProperty("combinations", static_cast<int>(choices.size()));
+  testing::Test::RecordProperty("combinations", static_cast<int>(choices.size()));
   for (const Choice& choice : choices) {
     const ParityCase c = case_of(choice);
     SCOPED_TRACE(c.name);
-    expect_parity(GetParam(), c);
+    expect_parity(implementation, c);
   }
+}
+
+TEST_P(Combinations, OfTwoAgreeWithTheReference) {
+  expect_parity_of(GetParam(), covering_choices(0, 2));
+}
+
+TEST_P(Combinations, OfThreeAgreeWithTheReference) {
+  expect_parity_of(GetParam(), covering_choices(kNumSizes, 3));
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Combinations, testing::ValuesIn(kCpuImplementations),
