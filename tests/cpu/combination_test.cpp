@@ -1,5 +1,5 @@
 // Options together: seeded sets of problems in which every pair of values of two options occurs,
-// and on small sizes every three values of three, each against the reference in double, forward and
+// and on small sizes every four values of four, each against the reference in double, forward and
 // backward.
 #include <array>
 #include <cstdint>
@@ -164,8 +164,8 @@ TEST_P(Combinations, OfTwoAgreeWithTheReference) {
   expect_parity_of(GetParam(), covering_choices(0, 2));
 }
 
-TEST_P(Combinations, OfThreeAgreeWithTheReference) {
-  expect_parity_of(GetParam(), covering_choices(kNumSizes, 3));
+TEST_P(Combinations, OfFourAgreeWithTheReference) {
+  expect_parity_of(GetParam(), covering_choices(kNumSizes, 4));
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Combinations, testing::ValuesIn(kCpuImplementations),
