@@ -114,8 +114,34 @@ using Gemm = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const floa
                       std::int64_t a_row, std::int64_t a_col, const float* b, std::int64_t ldb,
                       float* c, std::int64_t ldc, bool accumulate);
 
+/// C [m, n] = or += A [m, count * k] B [count * k, n], B in parts: see stages/products.inc.
+template <typename A, typename B, typename C>
+using ProductOf = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const A* a,
+                           std::int64_t lda, const B* const* b, std::int64_t count, C* c,
+                           std::int64_t ldc, bool accumulate);
+
+/// The products and their packing, see stages/packing.inc; bf16 as its bits.
+struct Products {
+  ProductOf<float, float, float> fp32;
+  ProductOf<std::uint16_t, std::uint16_t, float> bf16;
+  ProductOf<std::uint8_t, std::int8_t, std::int32_t> int8;
+  void (*pack_rows_fp32)(Type, Rows, std::int64_t k, std::int64_t n, float* b);
+  void (*pack_rows_bf16)(Type, Rows, std::int64_t k, std::int64_t n, std::uint16_t* b);
+  void (*pack_transposed_fp32)(Type, Rows, std::int64_t columns, std::int64_t n, std::int64_t k,
+                               float* b);
+  void (*pack_transposed_bf16)(Type, Rows, std::int64_t columns, std::int64_t n, std::int64_t k,
+                               std::uint16_t* b);
+  void (*pack_transposed_int8)(const std::int8_t* x, std::int64_t stride, std::int64_t n,
+                               std::int64_t k, std::int8_t* b);
+  void (*convert_rows)(Type, Rows, std::int64_t m, std::int64_t k, std::uint16_t* a,
+                       std::int64_t lda);
+  void (*transpose_to_bf16)(const float* x, std::int64_t x_stride, std::int64_t k, std::int64_t n,
+                            std::uint16_t* a, std::int64_t lda);
+};
+
 /// The stages of one instruction set; the comment says what an index is.
 struct Kernels {
+  Products products;
   std::int64_t int_bytes;  // of one packed integer
   Gemm gemm;
   /// Integers and scale of one row of q, as query_block uses them (for tests).
@@ -136,7 +162,16 @@ struct Kernels {
   Stage write_keys;           // key block: d_k, d_v in the caller's type
 };
 
+namespace amx {
+extern const Kernels kKernels;
+}
+namespace avx512_vnni {
+extern const Kernels kKernels;
+}
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2_vnni {
 extern const Kernels kKernels;
 }
 namespace avx2 {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -11,12 +12,24 @@
 
 #include "core/float16.h"
 #include "core/problems.h"
+#include "cpu/job.h"
 #include "sla2/sla2.h"
 
 namespace sla2::test {
 
 /// The implementations of the CPU backend. A visible skip for what this machine lacks.
-inline const char* const kCpuImplementations[] = {"cpu_avx512", "cpu_avx2", "cpu_baseline"};
+inline const char* const kCpuImplementations[] = {
+    "cpu_amx", "cpu_avx512_vnni", "cpu_avx512", "cpu_avx2_vnni", "cpu_avx2", "cpu_baseline"};
+
+/// Their tables, in the same order.
+inline const cpu::Kernels& kernels_of(const std::string& name) {
+  const cpu::Kernels* const tables[] = {&cpu::amx::kKernels,    &cpu::avx512_vnni::kKernels,
+                                        &cpu::avx512::kKernels, &cpu::avx2_vnni::kKernels,
+                                        &cpu::avx2::kKernels,   &cpu::baseline::kKernels};
+  const auto* found =
+      std::find(std::begin(kCpuImplementations), std::end(kCpuImplementations), name);
+  return *tables[found - std::begin(kCpuImplementations)];
+}
 
 inline const Implementation* find_implementation(const char* name) {
   for (const Implementation* implementation : implementations()) {

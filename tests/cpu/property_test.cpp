@@ -219,12 +219,6 @@ TEST_P(Cpu, RefusesFp8WithAReason) {
             std::string::npos);
 }
 
-const cpu::Kernels& kernels_of(const std::string& name) {
-  return name == "cpu_avx512" ? cpu::avx512::kKernels
-         : name == "cpu_avx2" ? cpu::avx2::kKernels
-                              : cpu::baseline::kKernels;
-}
-
 /// One packed integer of `bytes` bytes.
 int packed(const void* data, std::int64_t bytes, std::int64_t at) {
   return bytes == 1 ? static_cast<const std::int8_t*>(data)[at]
