@@ -96,7 +96,7 @@ std::size_t workspace_bytes(const Problem& problem, Pass pass, std::int64_t num_
   Arena arena(nullptr);
   Job job;
   DriverBuffers own;
-  lay_out(problem, pass, num_threads, Isa::kernels().int_bytes, arena, job, own);
+  lay_out(problem, pass, num_threads, arena, job, own);
   return arena.used();
 }
 

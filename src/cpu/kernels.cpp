@@ -29,20 +29,15 @@
 #define SLA2_VECTOR_BYTES 16
 #define SLA2_TABLE baseline
 #endif
-#if defined(__AVX512VNNI__)
-#define SLA2_VNNI 1
-#endif
 
 namespace sla2::cpu {
 namespace {
 
 // Register tiles. AVX-512: 16 of 32 registers accumulate; the others have 16 registers in all.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 4, kTileVectors = 4, kIntVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
+constexpr int kTileRows = 4, kTileVectors = 4;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
+constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 // The stages in the order of the data: each uses those above it.
@@ -53,6 +48,9 @@ constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
 #include "cpu/stages/gemm.inc"
 #include "cpu/stages/keys.inc"
 #include "cpu/stages/queries.inc"
+#include "cpu/stages/forward_keys.inc"
+#include "cpu/stages/forward_sums.inc"
+#include "cpu/stages/forward_queries.inc"
 #include "cpu/stages/backward.inc"
 // clang-format on
 
@@ -80,7 +78,7 @@ extern const Kernels kKernels = {
      single_product<std::uint8_t, std::int8_t, std::int32_t>, pack_rows<float>,
      pack_rows<std::uint16_t>, pack_transposed<float>, pack_transposed<std::uint16_t>,
      pack_transposed, convert_rows, transpose_to_bf16},
-    sizeof(IntB),
+    kKeyOffset,
     gemm,
     quantized_row,
     with_products<sum_keys>,
@@ -88,8 +86,9 @@ extern const Kernels kKernels = {
     with_products<pool_keys>,
     with_products<pack_keys_back>,
     with_products<pool_queries>,
-    with_products<sum_blocks>,
+    with_products<sum_forward>,
     with_products<query_block>,
+    with_products<sum_blocks>,
     with_products<prepare_queries>,
     with_products<back_queries>,
     with_products<back_sparse_keys>,

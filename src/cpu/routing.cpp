@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/float16.h"
 #include "cpu/plan.h"
 
 namespace sla2::cpu {
@@ -161,6 +162,20 @@ void choose(Call& call, std::int32_t* blocks, float* logits) {
   });
 }
 
+namespace {
+
+/// A row of rest in bf16, and rounded to it; zeros behind the blocks.
+void round_weights(const Job& job, std::int64_t i) {
+  const std::int64_t T = job.k_blocks, padded = padded_blocks(T);
+  for (std::int64_t j = 0; j < T; ++j) {
+    job.rest16[i * padded + j] = to_bf16(job.rest[i * T + j]);
+    job.rest[i * T + j] = from_bf16(job.rest16[i * padded + j]);
+  }
+  std::fill(job.rest16 + i * padded + T, job.rest16 + (i + 1) * padded, std::uint16_t{0});
+}
+
+}  // namespace
+
 void weigh(Call& call, std::int64_t h, const std::int32_t* blocks, const float* logits) {
   Job& job = call.job;
   const std::int64_t T = job.k_blocks;
@@ -186,6 +201,7 @@ void weigh(Call& call, std::int64_t h, const std::int32_t* blocks, const float* 
       empty = count == T;
     }
     if (job.scope_all) std::fill_n(rest, T, 1.0F);
+    if (job.rest16 != nullptr) round_weights(job, i);
     call.own.complement_empty[i] = empty ? 1 : 0;
     const float* logit = call.inputs.parameters.alpha_logit;
     const std::int64_t columns = call.problem.alpha_blocks;

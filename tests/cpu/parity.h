@@ -52,8 +52,10 @@ inline double storage_error(DType dtype) {
   return dtype == DType::kF32 ? 0x1p-24 : dtype == DType::kBF16 ? 0x1p-9 : 0x1p-12;
 }
 
-/// fp32 sums of a few hundred terms: sqrt(256) roundings of 2^-24 add up at random, times 4 for the
+/// fp32 sums of `terms` terms: sqrt(terms) roundings of 2^-24 add up at random, times 4 for the
 /// chain of products, exp and divisions behind them.
+inline double sum_error(double terms) { return 4 * std::sqrt(terms) * 0x1p-24; }
+/// A few hundred terms.
 inline constexpr double kSumError = 64 * 0x1p-24;
 
 /// What storing the exact result in the type costs, relative to its norm. At the worst half a unit
@@ -69,10 +71,10 @@ inline double stored_error(const std::vector<double>& exact, DType dtype) {
 }
 
 /// Ours may be at most twice as far from the exact result as the naive run in the same precision,
-/// plus what rounding costs any run.
+/// plus what rounding costs any run: `floor` for its sums.
 template <typename Ours>
 void expect_close(const char* what, const std::vector<Ours>& ours, const std::vector<float>& naive,
-                  const std::vector<double>& exact, DType dtype) {
+                  const std::vector<double>& exact, DType dtype, double floor = kSumError) {
   ASSERT_EQ(ours.size(), exact.size()) << what;
   double scale = 0;
   for (const double x : exact) scale = std::max(scale, std::abs(x));
@@ -81,7 +83,7 @@ void expect_close(const char* what, const std::vector<Ours>& ours, const std::ve
     for (const Ours x : ours) ASSERT_LE(std::abs(static_cast<double>(x)), kSumError) << what;
     return;
   }
-  const double bound = 2 * relative_error(naive, exact) + kSumError + stored_error(exact, dtype);
+  const double bound = 2 * relative_error(naive, exact) + floor + stored_error(exact, dtype);
   const double error = relative_error(ours, exact);
   EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
 }
