@@ -74,7 +74,7 @@ struct Job {
   float* scores;               // [M, T] s_ij
   float* log_m;                // [M, T] (soft)
   float* rest;                 // [M, T] the linear branch's weight of block j for query block i
-  std::uint16_t* rest16;       // the same in bf16, [M, padded_blocks(T)], linear16; then rest has
+  std::uint16_t* rest16;       // the same in bf16, [M, rest_stride(T)], linear16; then rest has
                                // the rounded ones too
   const std::int32_t* blocks;  // [M, width], routed blocks, -1 behind the last
   std::int64_t width;
@@ -200,9 +200,21 @@ inline constexpr std::int64_t kBlockTile = 32;
 inline constexpr std::int64_t kRowTile = 64;
 inline constexpr std::int64_t kChunkKeys = 512;
 inline constexpr std::int64_t kForwardKeys = 1024;
-inline constexpr std::int64_t kSumRows = 256;  // query blocks whose sums are in flight
+inline constexpr std::int64_t kSumRows = 64;  // query blocks whose sums are in flight
 
+// Strides, in elements: rows a power of two of bytes apart would fall into few sets of a cache.
+inline constexpr std::int64_t kScoreStride = kForwardKeys + 16;
+inline constexpr std::int64_t kLeftStride = kForwardKeys + 64;
 /// Key blocks of h_packed in bf16: whole tiles of 16 pairs.
 constexpr std::int64_t padded_blocks(std::int64_t blocks) { return (blocks + 31) / 32 * 32; }
+/// Between panels of h_packed; the second one in bf16.
+constexpr std::int64_t h_stride(std::int64_t blocks) { return (blocks + 1) * kPanel; }
+constexpr std::int64_t h_stride16(std::int64_t blocks) {
+  return (padded_blocks(blocks) + 2) * kPanel;
+}
+/// Between rows of rest16.
+constexpr std::int64_t rest_stride(std::int64_t blocks) { return padded_blocks(blocks) + 32; }
+/// Between the H_i of sums_packed.
+constexpr std::int64_t sums_stride(std::int64_t d, std::int64_t dv) { return d * dv + 32; }
 
 }  // namespace sla2::cpu

@@ -64,8 +64,9 @@ std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k
   const std::int64_t products = 256 * (256 + kBlockTile);
   const std::int64_t linear_keys = block_k * (3 * d + dv) + d * dv;
   const std::int64_t forward_keys = block_k * (2 * d + 2 * dv) + 2 * d * dv + 16;
-  const std::int64_t forward_queries = kRowTile * (3 * d + 3 * dv + kForwardKeys * 3 / 2 + 5);
-  const std::int64_t forward_sums = kSumRows * kPanel;
+  const std::int64_t forward_queries =
+      kRowTile * (3 * d + 3 * dv + kScoreStride + kLeftStride / 2 + 5);
+  const std::int64_t forward_sums = kSumRows * kPanel * kPanelsPerTask;
   const std::int64_t floats = std::max({tile, pack, queries, sparse_keys, products, linear_keys,
                                         forward_keys, forward_queries, forward_sums}) +
                               16;
@@ -116,10 +117,11 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, Arena& arena, Jo
       job.v_scale = arena.take<float>(dv);
       job.k_scale = arena.take<float>(T);
     }
-    const std::int64_t padded = padded_blocks(T);
-    if (job.linear16) own.rest16 = arena.take<std::uint16_t>(M * padded);
-    job.h_packed = arena.take<std::byte>(d * dv * (job.linear16 ? 2 * padded : 4 * T));
-    job.sums_packed = arena.take<std::byte>(M * d * dv * (job.linear16 ? 2 : 4));
+    const std::int64_t panels = d * dv / kPanel;
+    if (job.linear16) own.rest16 = arena.take<std::uint16_t>(M * rest_stride(T));
+    job.h_packed =
+        arena.take<std::byte>(panels * (job.linear16 ? 2 * h_stride16(T) : 4 * h_stride(T)));
+    job.sums_packed = arena.take<std::byte>(M * sums_stride(d, dv) * (job.linear16 ? 2 : 4));
     job.z = arena.take<float>(T * d);
     job.sum_z = arena.take<float>(M * d);
     return;

@@ -35,7 +35,7 @@ struct DriverBuffers {
   float* logits = nullptr;                    // [M, T]
   float* log_m = nullptr;                     // [M, T]
   float* rest = nullptr;                      // [M, T]
-  std::uint16_t* rest16 = nullptr;            // [M, padded_blocks(T)], forward
+  std::uint16_t* rest16 = nullptr;            // [M, rest_stride(T)], forward
   float* routed_k_t = nullptr;                // [d, T rounded up to 16]
   double* soft = nullptr;                     // [workers, T]
   std::int32_t* readers = nullptr;            // [M * T] (soft) or [M * L]

@@ -166,12 +166,14 @@ namespace {
 
 /// A row of rest in bf16, and rounded to it; zeros behind the blocks.
 void round_weights(const Job& job, std::int64_t i) {
-  const std::int64_t T = job.k_blocks, padded = padded_blocks(T);
+  const std::int64_t T = job.k_blocks;
+  std::uint16_t* rounded = job.rest16 + i * rest_stride(T);
+  float* rest = job.rest + i * T;
   for (std::int64_t j = 0; j < T; ++j) {
-    job.rest16[i * padded + j] = to_bf16(job.rest[i * T + j]);
-    job.rest[i * T + j] = from_bf16(job.rest16[i * padded + j]);
+    rounded[j] = to_bf16(rest[j]);
+    rest[j] = from_bf16(rounded[j]);
   }
-  std::fill(job.rest16 + i * padded + T, job.rest16 + (i + 1) * padded, std::uint16_t{0});
+  std::fill(rounded + T, rounded + padded_blocks(T), std::uint16_t{0});
 }
 
 }  // namespace
