@@ -52,7 +52,9 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         select_queries(call, b, h);
         route_head(call, outputs, b, h);
-        run(call, kernels.sum_forward, num_panel_groups(problem));
+        run(call, kernels.sum_z, (job.q_blocks + kSumRows - 1) / kSumRows);
+        run(call, kernels.sum_forward,
+            num_panel_groups(problem) - 1);  // without the backward's z_j
         job.out = rows_of(outputs.out, b, h);
         job.out_sparse = rows_of(outputs.out_sparse, b, h);
         job.out_linear = rows_of(outputs.out_linear, b, h);

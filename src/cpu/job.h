@@ -50,7 +50,8 @@ struct Job {
   // ---- of the key/value head
   float* k_block_sums;  // [T, d]
   float* k_mean;        // [d]
-  float* v_amax;        // [T, dv], int8
+  float* v_amax;        // [T, dv], linear16
+  float* v_factor;      // [dv], int8: 127/amax of the head, 0 without a finite one
   float* pooled_k;      // [T, d] kb_j
   float* h;             // backward: [d*dv/64, T, 64] h_j in panels of 64 columns, then [T, d] z_j
   float* ks_t;          // backward: [T, d, bk] Ks_j transposed, 0 behind the length
@@ -58,14 +59,15 @@ struct Job {
   float* v_rows;        // backward: [T, bk, dv]
   float* v_t;           // backward: [T, dv, bk]
   // Forward: packed right operands (stages/products.inc) in the arithmetic's format.
-  void* keys;         // [T, d, bk] Ks_j transposed; int8: key_offset added
-  void* values;       // [T, bk, dv]
-  float* k_scale;     // [T], int8
-  float* v_scale;     // [dv], int8
-  void* h_packed;     // d*dv/64 panels [T, 64] of h_j (bf16: T rounded up), see store_h
-  float* z;           // [T, d] z_j, packed
-  float* sum_z;       // [M, d] Z_i
-  void* sums_packed;  // [M, d, dv] H_i, each packed
+  void* keys;                  // [T, d, bk] Ks_j transposed; int8: key_offset added
+  void* values;                // [T, bk, dv]
+  float* k_scale;              // [T], int8
+  float* v_scale;              // [dv], int8
+  void* h_packed;              // d*dv/64 panels [T, 64] of h_j (bf16: T rounded up), see store_h
+  float* z;                    // [T, d] z_j, packed
+  unsigned char* sums_direct;  // [M] H_i is a product, not total minus routed, linear16
+  float* sum_z;                // [M, d] Z_i
+  void* sums_packed;           // [M, d, dv] H_i, each packed
 
   // ---- of the query head
   float* pooled_q;             // [M, d]
@@ -159,7 +161,8 @@ struct Kernels {
   Stage pool_keys;            // key block: pooled_k alone
   Stage pack_keys_back;       // key block: ks, ks_t, v_rows, v_t, h
   Stage pool_queries;         // query block
-  Stage sum_forward;          // group of panels: sums_packed, sum_z; num_panel_groups of them
+  Stage sum_z;                // kSumRows query blocks: sum_z, sums_direct
+  Stage sum_forward;          // kPanelsPerTask panels: sums_packed
   Stage query_block;          // query block: steps 2 to 4
   Stage sum_blocks;           // group of panels: sums = rest h; num_panel_groups of them
   Stage prepare_queries;      // query block: q_f, d_out_f, deltas, d_alpha
@@ -200,7 +203,7 @@ inline constexpr std::int64_t kBlockTile = 32;
 inline constexpr std::int64_t kRowTile = 64;
 inline constexpr std::int64_t kChunkKeys = 512;
 inline constexpr std::int64_t kForwardKeys = 1024;
-inline constexpr std::int64_t kSumRows = 64;  // query blocks whose sums are in flight
+inline constexpr std::int64_t kSumRows = 32;  // query blocks whose sums are in flight
 
 // Strides, in elements: rows a power of two of bytes apart would fall into few sets of a cache.
 inline constexpr std::int64_t kScoreStride = kForwardKeys + 16;

@@ -86,6 +86,7 @@ extern const Kernels kKernels = {
     with_products<pool_keys>,
     with_products<pack_keys_back>,
     with_products<pool_queries>,
+    with_products<sum_z>,
     with_products<sum_forward>,
     with_products<query_block>,
     with_products<sum_blocks>,

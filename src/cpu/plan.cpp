@@ -66,7 +66,7 @@ std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k
   const std::int64_t forward_keys = block_k * (2 * d + 2 * dv) + 2 * d * dv + 16;
   const std::int64_t forward_queries =
       kRowTile * (3 * d + 3 * dv + kScoreStride + kLeftStride / 2 + 5);
-  const std::int64_t forward_sums = kSumRows * kPanel * kPanelsPerTask;
+  const std::int64_t forward_sums = (kSumRows + 1) * kPanel * kPanelsPerTask;
   const std::int64_t floats = std::max({tile, pack, queries, sparse_keys, products, linear_keys,
                                         forward_keys, forward_queries, forward_sums}) +
                               16;
@@ -112,8 +112,9 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, Arena& arena, Jo
                                                                      : 4;
     job.keys = arena.take<std::byte>(keys * d * bytes);
     job.values = arena.take<std::byte>(keys * dv * bytes);
+    if (job.linear16) job.v_amax = arena.take<float>(T * dv);
     if (bytes == 1) {
-      job.v_amax = arena.take<float>(T * dv);
+      job.v_factor = arena.take<float>(dv);
       job.v_scale = arena.take<float>(dv);
       job.k_scale = arena.take<float>(T);
     }
@@ -124,6 +125,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, Arena& arena, Jo
     job.sums_packed = arena.take<std::byte>(M * sums_stride(d, dv) * (job.linear16 ? 2 : 4));
     job.z = arena.take<float>(T * d);
     job.sum_z = arena.take<float>(M * d);
+    job.sums_direct = arena.take<unsigned char>(M);
     return;
   }
   job.h = arena.take<float>(T * state);
@@ -221,7 +223,7 @@ void smooth(Call& call) {
   for (std::int64_t c = 0; c < job.d; ++c) {
     job.k_mean[c] = static_cast<float>(sums[c] / static_cast<double>(job.num_keys));
   }
-  if (job.v_amax == nullptr) return;
+  if (job.v_factor == nullptr) return;
   // As integers the bits of magnitudes order as the values do, NaN on top.
   std::uint32_t bits[kMaxHeadDim] = {};
   for (std::int64_t j = 0; j < job.k_blocks; ++j) {
@@ -235,7 +237,7 @@ void smooth(Call& call) {
     const bool finite = std::isfinite(amax);
     const bool zero = !finite || amax < 1e-30F;
     job.v_scale[c] = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0 : amax / 127.0F;
-    job.v_amax[c] = zero ? 0 : 127.0F / amax;  // row 0 becomes the factor; its maxima are done with
+    job.v_factor[c] = zero ? 0 : 127.0F / amax;
   }
 }
 
