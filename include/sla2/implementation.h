@@ -23,7 +23,7 @@ struct Machine {
 /// One way to compute the operator. core validates before it calls: views fit the problem, the
 /// workspace is large enough.
 struct Implementation {
-  const char* name;  // "cpu_avx512", "cpu_avx2", "cpu_baseline", "cuda", "reference"
+  const char* name;  // "cpu_amx", "cpu_avx512_vnni", ..., "cpu_baseline", "cuda", "reference"
   Device device;
   /// Empty if this machine and this code can run `pass` of `problem`, else the reason.
   std::string (*refusal)(const Problem& problem, Pass pass);

@@ -21,7 +21,10 @@ constexpr std::array kImplementations = {
     &cuda::kImplementation,
 #endif
     // clang-format off
+    &cpu::kAmx,
+    &cpu::kAvx512Vnni,
     &cpu::kAvx512,
+    &cpu::kAvx2Vnni,
     &cpu::kAvx2,
     &cpu::kBaseline,
     &reference::kReference,

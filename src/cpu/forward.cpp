@@ -47,11 +47,14 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
         std::copy_n(job.k_mean, job.d,
                     outputs.k_mean + (b * problem.num_kv_heads + kv) * problem.head_dim);
       }
-      run(call, kernels.pack_keys, job.k_blocks);
+      run(call, kernels.pack_keys,
+          job.linear16 ? padded_blocks(job.k_blocks) / 2 : (job.k_blocks + 1) / 2);
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         select_queries(call, b, h);
         route_head(call, outputs, b, h);
-        run(call, kernels.sum_blocks, num_panel_groups(problem));
+        run(call, kernels.sum_z, (job.q_blocks + kSumRows - 1) / kSumRows);
+        run(call, kernels.sum_forward,
+            num_panel_groups(problem) - 1);  // without the backward's z_j
         job.out = rows_of(outputs.out, b, h);
         job.out_sparse = rows_of(outputs.out_sparse, b, h);
         job.out_linear = rows_of(outputs.out_linear, b, h);

@@ -8,7 +8,8 @@
 
 namespace sla2::cpu {
 
-enum class Arithmetic : std::int32_t { kFp32, kRound16, kInt8 };
+/// kRound16: fp16's products, in fp32 from rounded operands.
+enum class Arithmetic : std::int32_t { kFp32, kRound16, kBf16, kInt8 };
 enum class Type : std::int32_t { kF32, kBF16, kF16 };
 enum class Phi : std::int32_t { kSoftmax, kElu, kRelu };
 
@@ -36,7 +37,8 @@ struct Job {
   Arithmetic arithmetic;
   Phi phi;
   bool soft, raw_keys, scope_all;
-  std::int32_t rounding_bits;  // kRound16: significant bits of the 16-bit type
+  bool linear16;               // forward: the linear branch's products in bf16
+  std::int32_t rounding_bits;  // kRound16: significant bits of fp16
   float scale;
 
   Rows q, k, v;                             // [Nq, d], [Nk, d], [Nk, dv]
@@ -46,20 +48,26 @@ struct Job {
   bool is_sla;
 
   // ---- of the key/value head
-  float* k_block_sums;   // [T, d]
-  float* k_mean;         // [d]
-  float* v_amax;         // [T, dv], int8
-  float* pooled_k;       // [T, d] kb_j
-  float* ks_t;           // [T, d, bk] Ks_j transposed, 0 behind the length
-  float* ks;             // [T, bk, d], backward
-  float* v_rows;         // [T, bk, dv]
-  float* v_t;            // [T, dv, bk], backward
-  void* k_int;           // [T, d/G, bk, G], int8: G integers of one key side by side
-  std::int32_t* k_bias;  // [T, bk], int8: what the unsigned operand of q.k adds
-  float* k_scale;        // [T]
-  void* v_int;           // [T, bk/G, dv, G]
-  float* v_scale;        // [dv]
-  float* h;              // [d*dv/64, T, 64] h_j in panels of 64 columns, then [T, d] z_j
+  float* k_block_sums;  // [T, d]
+  float* k_mean;        // [d]
+  float* v_amax;        // [T, dv], linear16
+  float* v_factor;      // [dv], int8: 127/amax of the head, 0 without a finite one
+  float* pooled_k;      // [T, d] kb_j
+  float* h;             // backward: [d*dv/64, T, 64] h_j in panels of 64 columns, then [T, d] z_j
+  float* ks_t;          // backward: [T, d, bk] Ks_j transposed, 0 behind the length
+  float* ks;            // backward: [T, bk, d]
+  float* v_rows;        // backward: [T, bk, dv]
+  float* v_t;           // backward: [T, dv, bk]
+  // Forward: packed right operands (stages/products.inc) in the arithmetic's format.
+  void* keys;                  // [T, d, bk] Ks_j transposed; int8: key_offset added
+  void* values;                // [T, bk, dv]
+  float* k_scale;              // [T], int8
+  float* v_scale;              // [dv], int8
+  void* h_packed;              // d*dv/64 panels [T, 64] of h_j (bf16: T rounded up), see store_h
+  float* z;                    // [T, d] z_j, packed
+  unsigned char* sums_direct;  // [M] H_i is a product, not total minus routed, linear16
+  float* sum_z;                // [M, d] Z_i
+  void* sums_packed;           // [M, d, dv] H_i, each packed
 
   // ---- of the query head
   float* pooled_q;             // [M, d]
@@ -68,11 +76,13 @@ struct Job {
   float* scores;               // [M, T] s_ij
   float* log_m;                // [M, T] (soft)
   float* rest;                 // [M, T] the linear branch's weight of block j for query block i
+  std::uint16_t* rest16;       // the same in bf16, [M, rest_stride(T)], linear16; then rest has
+                               // the rounded ones too
   const std::int32_t* blocks;  // [M, width], routed blocks, -1 behind the last
   std::int64_t width;
   const unsigned char* complement_empty;  // [M]
   const float* alpha;                     // [M], SLA: unused
-  float* sums;                            // [M, d*dv + d] H_i, Z_i
+  float* sums;                            // backward: [M, d*dv + d] H_i, Z_i
 
   // ---- backward
   FloatRows q_f, d_out_f;  // [Nq, d], [Nq, dv]
@@ -114,19 +124,47 @@ using Gemm = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const floa
                       std::int64_t a_row, std::int64_t a_col, const float* b, std::int64_t ldb,
                       float* c, std::int64_t ldc, bool accumulate);
 
+/// C [m, n] = or += A [m, count * k] B [count * k, n], B in parts: see stages/products.inc.
+template <typename A, typename B, typename C>
+using ProductOf = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const A* a,
+                           std::int64_t lda, const B* const* b, std::int64_t count, C* c,
+                           std::int64_t ldc, bool accumulate);
+
+/// The products and their packing, see stages/packing.inc; bf16 as its bits.
+struct Products {
+  ProductOf<float, float, float> fp32;
+  ProductOf<std::uint16_t, std::uint16_t, float> bf16;
+  ProductOf<std::uint8_t, std::int8_t, std::int32_t> int8;
+  void (*pack_rows_fp32)(Type, Rows, std::int64_t k, std::int64_t n, float* b);
+  void (*pack_rows_bf16)(Type, Rows, std::int64_t k, std::int64_t n, std::uint16_t* b);
+  void (*pack_transposed_fp32)(Type, Rows, std::int64_t columns, std::int64_t n, std::int64_t k,
+                               float* b);
+  void (*pack_transposed_bf16)(Type, Rows, std::int64_t columns, std::int64_t n, std::int64_t k,
+                               std::uint16_t* b);
+  void (*pack_transposed_int8)(const std::int8_t* x, std::int64_t stride, std::int64_t n,
+                               std::int64_t k, std::int8_t* b);
+  void (*convert_rows)(Type, Rows, std::int64_t m, std::int64_t k, std::uint16_t* a,
+                       std::int64_t lda);
+  void (*transpose_to_bf16)(const float* x, std::int64_t x_stride, std::int64_t k, std::int64_t n,
+                            std::uint16_t* a, std::int64_t lda);
+};
+
 /// The stages of one instruction set; the comment says what an index is.
 struct Kernels {
-  std::int64_t int_bytes;  // of one packed integer
+  Products products;
+  std::int32_t key_offset;  // what is added to the packed integers of k
   Gemm gemm;
   /// Integers and scale of one row of q, as query_block uses them (for tests).
   float (*quantized_row)(const float* x, std::int64_t d, std::int8_t* out);
   Stage sum_keys;             // key block: k_block_sums, v_amax
-  Stage pack_keys;            // key block: everything of the key/value head
+  Stage pack_keys;            // pair of key blocks: everything of the key/value head
   Stage pool_keys;            // key block: pooled_k alone
   Stage pack_keys_back;       // key block: ks, ks_t, v_rows, v_t, h
   Stage pool_queries;         // query block
-  Stage sum_blocks;           // group of panels: sums = rest h; num_panel_groups of them
+  Stage sum_z;                // kSumRows query blocks: sum_z, sums_direct
+  Stage sum_forward;          // kPanelsPerTask panels: sums_packed
   Stage query_block;          // query block: steps 2 to 4
+  Stage sum_blocks;           // group of panels: sums = rest h; num_panel_groups of them
   Stage prepare_queries;      // query block: q_f, d_out_f, deltas, d_alpha
   Stage back_queries;         // query block: d_q, u, d_sums
   Stage back_sparse_keys;     // key block: d_ks, d_v
@@ -136,7 +174,16 @@ struct Kernels {
   Stage write_keys;           // key block: d_k, d_v in the caller's type
 };
 
+namespace amx {
+extern const Kernels kKernels;
+}
+namespace avx512_vnni {
+extern const Kernels kKernels;
+}
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx2_vnni {
 extern const Kernels kKernels;
 }
 namespace avx2 {
@@ -155,5 +202,22 @@ inline constexpr std::int64_t kPanelsPerTask = 8;  // the last task has z_j
 inline constexpr std::int64_t kBlockTile = 32;
 inline constexpr std::int64_t kRowTile = 64;
 inline constexpr std::int64_t kChunkKeys = 512;
+inline constexpr std::int64_t kForwardKeys = 1024;
+inline constexpr std::int64_t kSumRows = 32;  // query blocks whose sums are in flight
+
+// Strides, in elements: rows a power of two of bytes apart would fall into few sets of a cache.
+inline constexpr std::int64_t kScoreStride = kForwardKeys + 16;
+inline constexpr std::int64_t kLeftStride = kForwardKeys + 64;
+/// Key blocks of h_packed in bf16: whole tiles of 16 pairs.
+constexpr std::int64_t padded_blocks(std::int64_t blocks) { return (blocks + 31) / 32 * 32; }
+/// Between panels of h_packed; the second one in bf16.
+constexpr std::int64_t h_stride(std::int64_t blocks) { return (blocks + 1) * kPanel; }
+constexpr std::int64_t h_stride16(std::int64_t blocks) {
+  return (padded_blocks(blocks) + 2) * kPanel;
+}
+/// Between rows of rest16.
+constexpr std::int64_t rest_stride(std::int64_t blocks) { return padded_blocks(blocks) + 32; }
+/// Between the H_i of sums_packed.
+constexpr std::int64_t sums_stride(std::int64_t d, std::int64_t dv) { return d * dv + 32; }
 
 }  // namespace sla2::cpu

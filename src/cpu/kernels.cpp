@@ -8,13 +8,23 @@
 
 #include "cpu/job.h"
 
-#if defined(__AVX512F__)
+#if defined(__AMX_TILE__)
 #define SLA2_VECTOR_BYTES 64
-#define SLA2_VNNI 1
+#define SLA2_TABLE amx
+#elif defined(__AVX512F__)
+#define SLA2_VECTOR_BYTES 64
+#if defined(__AVX512VNNI__)
+#define SLA2_TABLE avx512_vnni
+#else
 #define SLA2_TABLE avx512
+#endif
 #elif defined(__AVX2__)
 #define SLA2_VECTOR_BYTES 32
+#if defined(__AVXVNNI__)
+#define SLA2_TABLE avx2_vnni
+#else
 #define SLA2_TABLE avx2
+#endif
 #else
 #define SLA2_VECTOR_BYTES 16
 #define SLA2_TABLE baseline
@@ -25,30 +35,68 @@ namespace {
 
 // Register tiles. AVX-512: 16 of 32 registers accumulate; the others have 16 registers in all.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 4, kTileVectors = 4, kIntVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
+constexpr int kTileRows = 4, kTileVectors = 4;
 #else
-constexpr int kTileRows = 4, kTileVectors = 2, kIntVectors = 2;
+constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 // The stages in the order of the data: each uses those above it.
 // clang-format off
 #include "cpu/stages/vector.inc"
+#include "cpu/stages/products.inc"
+#include "cpu/stages/packing.inc"
 #include "cpu/stages/gemm.inc"
 #include "cpu/stages/keys.inc"
 #include "cpu/stages/queries.inc"
+#include "cpu/stages/forward_keys.inc"
+#include "cpu/stages/forward_sums.inc"
+#include "cpu/stages/forward_queries.inc"
 #include "cpu/stages/backward.inc"
 // clang-format on
+
+/// A stage between begin_products() and end_products(): the tiles are free again when a task ends.
+template <Stage kStage>
+static void with_products(const Job& job, Index index, Index worker) {
+  begin_products();
+  kStage(job, index, worker);
+  end_products();
+}
+
+template <typename A, typename B, typename C>
+static void single_product(Index m, Index n, Index k, const A* a, Index lda, const B* const* b,
+                           Index count, C* c, Index ldc, bool accumulate) {
+  begin_products();
+  product(m, n, k, a, lda, Chain<B>{b, count}, c, ldc, accumulate);
+  end_products();
+}
 
 }  // namespace
 
 namespace SLA2_TABLE {
 extern const Kernels kKernels = {
-    sizeof(IntB),     gemm,           quantized_row,    sum_keys,        pack_keys,
-    pool_keys,        pack_keys_back, pool_queries,     sum_blocks,      query_block,
-    prepare_queries,  back_queries,   back_sparse_keys, back_sum_blocks, back_block_products,
-    back_linear_keys, write_keys,
+    {single_product<float, float, float>, single_product<std::uint16_t, std::uint16_t, float>,
+     single_product<std::uint8_t, std::int8_t, std::int32_t>, pack_rows<float>,
+     pack_rows<std::uint16_t>, pack_transposed<float>, pack_transposed<std::uint16_t>,
+     pack_transposed, convert_rows, transpose_to_bf16},
+    kKeyOffset,
+    gemm,
+    quantized_row,
+    with_products<sum_keys>,
+    with_products<pack_keys>,
+    with_products<pool_keys>,
+    with_products<pack_keys_back>,
+    with_products<pool_queries>,
+    with_products<sum_z>,
+    with_products<sum_forward>,
+    with_products<query_block>,
+    with_products<sum_blocks>,
+    with_products<prepare_queries>,
+    with_products<back_queries>,
+    with_products<back_sparse_keys>,
+    with_products<back_sum_blocks>,
+    with_products<back_block_products>,
+    with_products<back_linear_keys>,
+    with_products<write_keys>,
 };
 }  // namespace SLA2_TABLE
 

@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -8,17 +9,21 @@
 namespace sla2::cpu {
 namespace {
 
+constexpr std::int64_t kMaxHeadDim = 256;
+
 Arithmetic arithmetic_of(const Problem& problem) {
+  const Arithmetic in_16_bits =
+      problem.dtype == DType::kF16 ? Arithmetic::kRound16 : Arithmetic::kBf16;
   switch (problem.config.precision) {
     case Precision::kFp32:
       return Arithmetic::kFp32;
     case Precision::kBf16:
-      return Arithmetic::kRound16;
+      return in_16_bits;
     default:
       break;
   }
   if (problem.config.routing == RoutingMode::kHard) return Arithmetic::kInt8;
-  return problem.dtype == DType::kF32 ? Arithmetic::kFp32 : Arithmetic::kRound16;
+  return problem.dtype == DType::kF32 ? Arithmetic::kFp32 : in_16_bits;
 }
 
 Type type_of(DType dtype) {
@@ -36,7 +41,8 @@ void fill_options(const Problem& p, Pass pass, Job& job) {
   job.k_blocks = num_k_blocks(p, p.k_tokens);
   job.type = type_of(p.dtype);
   job.arithmetic = pass == Pass::kForward ? arithmetic_of(p) : Arithmetic::kFp32;
-  job.rounding_bits = p.dtype == DType::kF16 ? 11 : 8;
+  job.rounding_bits = 11;
+  job.linear16 = job.arithmetic == Arithmetic::kInt8 || job.arithmetic == Arithmetic::kBf16;
   job.phi = p.config.feature_map == FeatureMap::kSoftmax ? Phi::kSoftmax
             : p.config.feature_map == FeatureMap::kElu   ? Phi::kElu
                                                          : Phi::kRelu;
@@ -57,8 +63,13 @@ std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k
   const std::int64_t sparse_keys = 2 * kRowTile * block_k + block_k * (d + dv);
   const std::int64_t products = 256 * (256 + kBlockTile);
   const std::int64_t linear_keys = block_k * (3 * d + dv) + d * dv;
-  const std::int64_t floats =
-      std::max({tile, pack, queries, sparse_keys, products, linear_keys}) + 16;
+  const std::int64_t forward_keys = block_k * (2 * d + 2 * dv) + 2 * d * dv + 16;
+  const std::int64_t forward_queries =
+      kRowTile * (3 * d + 3 * dv + kScoreStride + kLeftStride / 2 + 5);
+  const std::int64_t forward_sums = (kSumRows + 1) * kPanel * kPanelsPerTask;
+  const std::int64_t floats = std::max({tile, pack, queries, sparse_keys, products, linear_keys,
+                                        forward_keys, forward_queries, forward_sums}) +
+                              16;
   return (floats * 4 + 63) / 64 * 64;
 }
 
@@ -67,8 +78,8 @@ std::int64_t num_panel_groups(const Problem& p) {
   return (panels + kPanelsPerTask - 1) / kPanelsPerTask + 1;
 }
 
-void lay_out(const Problem& p, Pass pass, std::int64_t workers, std::int64_t int_bytes,
-             Arena& arena, Job& job, DriverBuffers& own) {
+void lay_out(const Problem& p, Pass pass, std::int64_t workers, Arena& arena, Job& job,
+             DriverBuffers& own) {
   job = Job{};
   fill_options(p, pass, job);
   const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
@@ -95,21 +106,32 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, std::int64_t int
   if (job.soft) own.logits = arena.take<float>(M * T);
   if (job.soft) own.log_m = arena.take<float>(M * T);
   own.rest = arena.take<float>(M * T);
-  job.h = arena.take<float>(T * state);
-  job.sums = arena.take<float>(M * state);
-  if (!back && job.arithmetic == Arithmetic::kInt8) {
-    job.v_amax = arena.take<float>(T * dv);
-    job.v_scale = arena.take<float>(dv);
-    job.k_scale = arena.take<float>(T);
-    job.k_bias = arena.take<std::int32_t>(keys);
-    job.k_int = arena.take<std::byte>(keys * d * int_bytes);
-    job.v_int = arena.take<std::byte>(keys * dv * int_bytes);
+  if (!back) {
+    const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
+                               : job.arithmetic == Arithmetic::kBf16 ? 2
+                                                                     : 4;
+    job.keys = arena.take<std::byte>(keys * d * bytes);
+    job.values = arena.take<std::byte>(keys * dv * bytes);
+    if (job.linear16) job.v_amax = arena.take<float>(T * dv);
+    if (bytes == 1) {
+      job.v_factor = arena.take<float>(dv);
+      job.v_scale = arena.take<float>(dv);
+      job.k_scale = arena.take<float>(T);
+    }
+    const std::int64_t panels = d * dv / kPanel;
+    if (job.linear16) own.rest16 = arena.take<std::uint16_t>(M * rest_stride(T));
+    job.h_packed =
+        arena.take<std::byte>(panels * (job.linear16 ? 2 * h_stride16(T) : 4 * h_stride(T)));
+    job.sums_packed = arena.take<std::byte>(M * sums_stride(d, dv) * (job.linear16 ? 2 : 4));
+    job.z = arena.take<float>(T * d);
+    job.sum_z = arena.take<float>(M * d);
+    job.sums_direct = arena.take<unsigned char>(M);
     return;
   }
+  job.h = arena.take<float>(T * state);
+  job.sums = arena.take<float>(M * state);
   job.ks_t = arena.take<float>(keys * d);
   job.v_rows = arena.take<float>(keys * dv);
-  if (!back) return;
-
   job.ks = arena.take<float>(keys * d);
   job.v_t = arena.take<float>(keys * dv);
   if (p.dtype != DType::kF32) {
@@ -146,13 +168,13 @@ Call make_call(const Problem& problem, const Inputs& inputs, const Context& cont
                const Kernels& kernels) {
   Call call{problem, inputs, context.executor, kernels, {}, {}, 0, 0, 0};
   Arena arena(context.workspace.data());
-  lay_out(problem, pass, context.executor.num_threads(), kernels.int_bytes, arena, call.job,
-          call.own);
+  lay_out(problem, pass, context.executor.num_threads(), arena, call.job, call.own);
   call.L = call.job.width;
   call.T = call.job.k_blocks;
   call.padded_T = (call.T + 15) / 16 * 16;
   call.job.log_m = call.own.log_m;
   call.job.rest = call.own.rest;
+  call.job.rest16 = call.own.rest16;
   call.job.alpha = call.own.alpha;
   call.job.complement_empty = call.own.complement_empty;
   call.job.proj_out = inputs.parameters.proj_out;
@@ -193,23 +215,29 @@ void run(Call& call, Stage stage, std::int64_t count) {
 void smooth(Call& call) {
   Job& job = call.job;
   run(call, call.kernels.sum_keys, job.k_blocks);
-  for (std::int64_t c = 0; c < job.d; ++c) {
-    double sum = 0;
-    for (std::int64_t j = 0; j < job.k_blocks; ++j) sum += job.k_block_sums[j * job.d + c];
-    job.k_mean[c] = static_cast<float>(sum / static_cast<double>(job.num_keys));
+  double sums[kMaxHeadDim] = {};
+  for (std::int64_t j = 0; j < job.k_blocks; ++j) {
+    const float* row = job.k_block_sums + j * job.d;
+    for (std::int64_t c = 0; c < job.d; ++c) sums[c] += row[c];
   }
-  if (job.v_amax == nullptr) return;
-  for (std::int64_t c = 0; c < job.dv; ++c) {
-    float amax = 0;
-    for (std::int64_t j = 0; j < job.k_blocks; ++j) {
-      const float x = job.v_amax[j * job.dv + c];
-      if (!(x <= amax)) amax = x;  // also takes NaN
-      if (std::isnan(amax)) break;
+  for (std::int64_t c = 0; c < job.d; ++c) {
+    job.k_mean[c] = static_cast<float>(sums[c] / static_cast<double>(job.num_keys));
+  }
+  if (job.v_factor == nullptr) return;
+  // As integers the bits of magnitudes order as the values do, NaN on top.
+  std::uint32_t bits[kMaxHeadDim] = {};
+  for (std::int64_t j = 0; j < job.k_blocks; ++j) {
+    const float* row = job.v_amax + j * job.dv;
+    for (std::int64_t c = 0; c < job.dv; ++c) {
+      bits[c] = std::max(bits[c], std::bit_cast<std::uint32_t>(row[c]));
     }
+  }
+  for (std::int64_t c = 0; c < job.dv; ++c) {
+    const auto amax = std::bit_cast<float>(bits[c]);
     const bool finite = std::isfinite(amax);
     const bool zero = !finite || amax < 1e-30F;
     job.v_scale[c] = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0 : amax / 127.0F;
-    job.v_amax[c] = zero ? 0 : 127.0F / amax;  // row 0 becomes the factor; its maxima are done with
+    job.v_factor[c] = zero ? 0 : 127.0F / amax;
   }
 }
 

@@ -35,6 +35,7 @@ struct DriverBuffers {
   float* logits = nullptr;                    // [M, T]
   float* log_m = nullptr;                     // [M, T]
   float* rest = nullptr;                      // [M, T]
+  std::uint16_t* rest16 = nullptr;            // [M, rest_stride(T)], forward
   float* routed_k_t = nullptr;                // [d, T rounded up to 16]
   double* soft = nullptr;                     // [workers, T]
   std::int32_t* readers = nullptr;            // [M * T] (soft) or [M * L]
@@ -56,8 +57,8 @@ struct Call {
 };
 
 /// Carves the workspace for `pass` and fills what does not depend on the head.
-void lay_out(const Problem& problem, Pass pass, std::int64_t workers, std::int64_t int_bytes,
-             Arena& arena, Job& job, DriverBuffers& own);
+void lay_out(const Problem& problem, Pass pass, std::int64_t workers, Arena& arena, Job& job,
+             DriverBuffers& own);
 Call make_call(const Problem& problem, const Inputs& inputs, const Context& context, Pass pass,
                const Kernels& kernels);
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/float16.h"
 #include "cpu/plan.h"
 
 namespace sla2::cpu {
@@ -161,6 +162,22 @@ void choose(Call& call, std::int32_t* blocks, float* logits) {
   });
 }
 
+namespace {
+
+/// A row of rest in bf16, and rounded to it; zeros behind the blocks.
+void round_weights(const Job& job, std::int64_t i) {
+  const std::int64_t T = job.k_blocks;
+  std::uint16_t* rounded = job.rest16 + i * rest_stride(T);
+  float* rest = job.rest + i * T;
+  for (std::int64_t j = 0; j < T; ++j) {
+    rounded[j] = to_bf16(rest[j]);
+    rest[j] = from_bf16(rounded[j]);
+  }
+  std::fill(rounded + T, rounded + padded_blocks(T), std::uint16_t{0});
+}
+
+}  // namespace
+
 void weigh(Call& call, std::int64_t h, const std::int32_t* blocks, const float* logits) {
   Job& job = call.job;
   const std::int64_t T = job.k_blocks;
@@ -186,6 +203,7 @@ void weigh(Call& call, std::int64_t h, const std::int32_t* blocks, const float* 
       empty = count == T;
     }
     if (job.scope_all) std::fill_n(rest, T, 1.0F);
+    if (job.rest16 != nullptr) round_weights(job, i);
     call.own.complement_empty[i] = empty ? 1 : 0;
     const float* logit = call.inputs.parameters.alpha_logit;
     const std::int64_t columns = call.problem.alpha_blocks;

@@ -1,8 +1,10 @@
 #include "cpu/parity.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "cpu/naive_linear.h"
 #include "reference/reference.h"
 
 namespace sla2::test {
@@ -59,7 +61,8 @@ void expect_parity(const char* implementation, const ParityCase& c) {
   const auto given = routing_of<double>(call);
   const auto given_float = routing_of<float>(call);
   const auto exact = reference::forward(exact_problem, call.operands<double>(), &given);
-  const auto naive = reference::forward(problem, call.operands<float>(), &given_float);
+  auto naive = reference::forward(problem, call.operands<float>(), &given_float);
+  round_linear_branch(call, given_float, naive);
   const DType dtype = problem.dtype;
   expect_close("out", call.out.values(), naive.out, exact.out, dtype);
   expect_close("out_sparse", call.out_sparse.values(), naive.out_sparse, exact.out_sparse, dtype);
@@ -77,7 +80,11 @@ void expect_parity(const char* implementation, const ParityCase& c) {
                              const auto& exact_of) {
     if (ours.size() > 0) expect_close(what, ours.values(), naive_of, exact_of, DType::kF32);
   };
-  parameter("d_alpha_logit", call.d_alpha_logit, naive_d.d_alpha_logit, exact_d.d_alpha_logit);
+  if (call.d_alpha_logit.size() > 0) {  // one sum over the rows and columns of a query block
+    const auto terms = static_cast<double>(problem.config.block_q * problem.value_dim);
+    expect_close("d_alpha_logit", call.d_alpha_logit.values(), naive_d.d_alpha_logit,
+                 exact_d.d_alpha_logit, DType::kF32, std::max(kSumError, sum_error(terms)));
+  }
   parameter("d_proj_q", call.d_proj_q, naive_d.d_proj_q, exact_d.d_proj_q);
   parameter("d_proj_k", call.d_proj_k, naive_d.d_proj_k, exact_d.d_proj_k);
   parameter("d_proj_out", call.d_proj_out, naive_d.d_proj_out, exact_d.d_proj_out);

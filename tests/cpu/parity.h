@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -11,12 +12,24 @@
 
 #include "core/float16.h"
 #include "core/problems.h"
+#include "cpu/job.h"
 #include "sla2/sla2.h"
 
 namespace sla2::test {
 
 /// The implementations of the CPU backend. A visible skip for what this machine lacks.
-inline const char* const kCpuImplementations[] = {"cpu_avx512", "cpu_avx2", "cpu_baseline"};
+inline const char* const kCpuImplementations[] = {
+    "cpu_amx", "cpu_avx512_vnni", "cpu_avx512", "cpu_avx2_vnni", "cpu_avx2", "cpu_baseline"};
+
+/// Their tables, in the same order.
+inline const cpu::Kernels& kernels_of(const std::string& name) {
+  const cpu::Kernels* const tables[] = {&cpu::amx::kKernels,    &cpu::avx512_vnni::kKernels,
+                                        &cpu::avx512::kKernels, &cpu::avx2_vnni::kKernels,
+                                        &cpu::avx2::kKernels,   &cpu::baseline::kKernels};
+  const auto* found =
+      std::find(std::begin(kCpuImplementations), std::end(kCpuImplementations), name);
+  return *tables[found - std::begin(kCpuImplementations)];
+}
 
 inline const Implementation* find_implementation(const char* name) {
   for (const Implementation* implementation : implementations()) {
@@ -39,8 +52,10 @@ inline double storage_error(DType dtype) {
   return dtype == DType::kF32 ? 0x1p-24 : dtype == DType::kBF16 ? 0x1p-9 : 0x1p-12;
 }
 
-/// fp32 sums of a few hundred terms: sqrt(256) roundings of 2^-24 add up at random, times 4 for the
+/// fp32 sums of `terms` terms: sqrt(terms) roundings of 2^-24 add up at random, times 4 for the
 /// chain of products, exp and divisions behind them.
+inline double sum_error(double terms) { return 4 * std::sqrt(terms) * 0x1p-24; }
+/// A few hundred terms.
 inline constexpr double kSumError = 64 * 0x1p-24;
 
 /// What storing the exact result in the type costs, relative to its norm. At the worst half a unit
@@ -56,10 +71,10 @@ inline double stored_error(const std::vector<double>& exact, DType dtype) {
 }
 
 /// Ours may be at most twice as far from the exact result as the naive run in the same precision,
-/// plus what rounding costs any run.
+/// plus what rounding costs any run: `floor` for its sums.
 template <typename Ours>
 void expect_close(const char* what, const std::vector<Ours>& ours, const std::vector<float>& naive,
-                  const std::vector<double>& exact, DType dtype) {
+                  const std::vector<double>& exact, DType dtype, double floor = kSumError) {
   ASSERT_EQ(ours.size(), exact.size()) << what;
   double scale = 0;
   for (const double x : exact) scale = std::max(scale, std::abs(x));
@@ -68,7 +83,7 @@ void expect_close(const char* what, const std::vector<Ours>& ours, const std::ve
     for (const Ours x : ours) ASSERT_LE(std::abs(static_cast<double>(x)), kSumError) << what;
     return;
   }
-  const double bound = 2 * relative_error(naive, exact) + kSumError + stored_error(exact, dtype);
+  const double bound = 2 * relative_error(naive, exact) + floor + stored_error(exact, dtype);
   const double error = relative_error(ours, exact);
   EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
 }
