@@ -26,10 +26,10 @@ struct DemoOptions {
   double model_lr = 5e-4;
   std::vector<double> keeps{0.10, 0.05, 0.03};  // the first one is the main one
   std::int64_t block_q = 64, block_k = 32;
-  std::int64_t stage1_steps = 24, stage1_batch = 1;
+  std::int64_t stage1_steps = 36, stage1_batch = 1;
   bool keeps_in_turns = true;  // stage 1 trains one keep a step instead of all of them
   std::int64_t stage2_steps = 40, stage2_batch = 2;
-  double stage2_lr = 1e-4;
+  double stage2_lr = 5e-5;
   std::int64_t sampling_steps = 12, clips = 3, validation_samples = 6, repeats = 3;
   double from_t = 0.6;  // of video to video
 };
