@@ -145,6 +145,7 @@ Tensor Calibration::measure_errors(const std::string& task) {
       const Tensor out = module->forward(q, k, v);
       wrong[layer][i] += (out - target).to(torch::kFloat64).square().sum().cpu();
     }
+    return target;
   });
   run_.progress.begin(task, options_.held_out_samples);
   for (std::int64_t i = 0; i < options_.held_out_samples; ++i) {
@@ -171,6 +172,7 @@ void Calibration::start_alpha() {
       const Tensor held = routed_mass(mass, sla2::nn::route(q, k, {}, config).blocks).mean(0);
       sum = sum.defined() ? sum + held : held;
     }
+    return Tensor();
   });
   for (std::int64_t i = 0; i < options_.alpha_samples; ++i) {
     run_.check_stop("measuring alpha");
@@ -217,6 +219,7 @@ void Calibration::train_step(std::int64_t step) {
       total += loss.detach();
       ++terms;
     }
+    return target;
   });
   // Behind the samples that alpha was measured on.
   const std::int64_t sample = options_.alpha_samples + step * options_.batch;

@@ -18,7 +18,7 @@ std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, const Tune
   for (auto& item : model->named_parameters()) {
     if (item.key().find(".sla2.") != std::string::npos) continue;
     item.value().set_requires_grad(true);
-    parameters.push_back({item.key(), item.value()});
+    parameters.push_back({item.key(), item.value(), 1.0, item.key().ends_with("weight")});
   }
   for (std::int64_t layer = 0; layer < model->config().num_layers; ++layer) {
     sla2::nn::Attention module = model->attention(layer);
