@@ -241,6 +241,14 @@ struct QueryTile {
   }
 };
 
+/// Pairs of a row that are loaded together, before a store: one after the other they would wait.
+constexpr int kEpilogue = 8;
+SLA2_DEVICE void load_pairs(const float* row, int first, Words2 (&pairs)[kEpilogue]) {
+  SLA2_UNROLL for (int n = 0; n < kEpilogue; ++n) {
+    pairs[n] = load_8(row + (first + n) * 8 + lane_index() % 4 * 2);
+  }
+}
+
 SLA2_DEVICE float quad_sum(float x) {
   x += shuffle_xor(x, 1);
   return x + shuffle_xor(x, 2);
@@ -413,17 +421,20 @@ void sparse_queries_kernel(Backward back) {
     const int n = static_cast<int>(row - t.head * c.M * c.bq);
     if (n >= c.Nq) continue;
     const Row out = row_of(back.d_q, t.b, t.h, n);
-    SLA2_UNROLL for (int a = 0; a < D / 8; ++a) {
-      const int column = a * 8 + lane_index() % 4 * 2;
-      if (column >= c.d) continue;
-      const Words2 linear = load_8(back.d_q_linear + row * D + column);
-      // alpha = 0 gives nothing, even where the branch is not finite.
-      float sparse[2];
-      SLA2_UNROLL for (int e = 0; e < 2; ++e) {
-        sparse[e] = scale == 0.0f ? 0.0f : acc[a][2 * half + e] * scale;
+    const float* linear = back.d_q_linear + row * D;
+    SLA2_UNROLL for (int first = 0; first < D / 8; first += kEpilogue) {
+      Words2 others[kEpilogue];
+      load_pairs(linear, first, others);
+      SLA2_UNROLL for (int a = first; a < first + kEpilogue; ++a) {
+        const int column = a * 8 + lane_index() % 4 * 2;
+        // alpha = 0 gives nothing, even where the branch is not finite.
+        float sum[2];
+        SLA2_UNROLL for (int e = 0; e < 2; ++e) {
+          const float sparse = scale == 0.0f ? 0.0f : acc[a][2 * half + e] * scale;
+          sum[e] = sparse + bits_to_float(others[a - first].x[e]);
+        }
+        if (column < c.d) store_pair(out, column, sum[0], sum[1]);
       }
-      store_pair(out, column, sparse[0] + bits_to_float(linear.x[0]),
-                 sparse[1] + bits_to_float(linear.x[1]));
     }
   }
 }
@@ -505,21 +516,33 @@ struct QueryWalk {
   [[nodiscard]] SLA2_DEVICE bool done() const { return at >= count; }
 };
 
-/// Writes 16 rows of a warp: value(n, e) is the gradient at accumulator e of tile n.
-template <int D, typename Value>
+/// Writes 16 rows of a warp: acc * scale, plus the linear branch's `rows` [16, D], minus `mean` [D]
+/// (null: 0); zero behind the last key.
+template <int D>
 SLA2_DEVICE void store_keys(const Call& c, const Rows& to, int b, int kv, int first, int length,
-                            int width, Value value) {
+                            int width, const float (&acc)[D / 8][4], float scale, const float* rows,
+                            const float* mean) {
   if (to.data == nullptr) return;
   SLA2_UNROLL for (int half = 0; half < 2; ++half) {
     const int r = lane_index() / 4 + half * 8;
     if (first + r >= c.Nk) continue;
     const bool inside = first + r < length;
     const Row out = row_of(to, b, kv, first + r);
-    SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
-      const int column = n * 8 + lane_index() % 4 * 2;
-      if (column >= width) continue;
-      store_pair(out, column, inside ? value(r, n, 2 * half, column) : 0.0f,
-                 inside ? value(r, n, 2 * half + 1, column + 1) : 0.0f);
+    SLA2_UNROLL for (int at = 0; at < D / 8; at += kEpilogue) {
+      Words2 linear[kEpilogue];
+      Words2 shift[kEpilogue] = {};
+      load_pairs(rows + r * D, at, linear);
+      if (mean != nullptr) load_pairs(mean, at, shift);
+      SLA2_UNROLL for (int n = at; n < at + kEpilogue; ++n) {
+        const int column = n * 8 + lane_index() % 4 * 2;
+        float x[2];
+        SLA2_UNROLL for (int e = 0; e < 2; ++e) {
+          const float others =
+              bits_to_float(linear[n - at].x[e]) - bits_to_float(shift[n - at].x[e]);
+          x[e] = inside ? acc[n][2 * half + e] * scale + others : 0.0f;
+        }
+        if (column < width) store_pair(out, column, x[0], x[1]);
+      }
     }
   }
 }
@@ -586,7 +609,8 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
       const Bf16* q = tiles + first * S::kPitch;
       const Bf16* d_o = q + S::kMatrix;
       const float* row_lse = rows + first + lane_index() % 4 * 2;
-      float p[2][4], d_p[2][4];
+      float p[2][4];
+      [[maybe_unused]] float d_p[2][4];
       if constexpr (kKeys && S::kHold) {
         two_scores<kTerms, D>(p, ks, q, d_p, v, d_o);
       } else {
@@ -615,17 +639,12 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
   if (!active) return;
   const int first_key = j * c.bk + warp_row;
   if constexpr (kValues) {
-    const float* linear = back.d_v_linear + row * D;
-    store_keys<D>(
-        c, back.d_v, b, kv, first_key, length, c.dv,
-        [&](int r, int n, int e, int column) { return d_v[n][e] + linear[r * D + column]; });
+    store_keys<D>(c, back.d_v, b, kv, first_key, length, c.dv, d_v, 1.0f, back.d_v_linear + row * D,
+                  nullptr);
   }
   if constexpr (kKeys) {
-    const float* linear = back.d_keys + row * D;
-    const float* mean = back.key_mean + head * D;
-    store_keys<D>(c, back.d_k, b, kv, first_key, length, c.d, [&](int r, int n, int e, int column) {
-      return d_k[n][e] * c.scale + (linear[r * D + column] - mean[column]);
-    });
+    store_keys<D>(c, back.d_k, b, kv, first_key, length, c.d, d_k, c.scale, back.d_keys + row * D,
+                  back.key_mean + head * D);
   }
 }
 
