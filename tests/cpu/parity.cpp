@@ -49,13 +49,8 @@ reference::GradientResult<Real> naive_backward(Call& call) {
 
 }  // namespace
 
-void expect_parity(const char* implementation, const ParityCase& c) {
-  Problem problem = c.problem;
-  problem.implementation = implementation;
-  Call call(problem, 7, c.layout, c.key_lengths);
-  const auto executor = make_thread_pool(2);
-  call.run_forward(*executor);
-
+void expect_forward(Call& call) {
+  const Problem& problem = call.problem;
   Problem exact_problem = problem;
   exact_problem.config.precision = Precision::kFp32;
   const auto given = routing_of<double>(call);
@@ -69,8 +64,11 @@ void expect_parity(const char* implementation, const ParityCase& c) {
   expect_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear, dtype);
   expect_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32);
   expect_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32);
+}
 
-  call.run_backward(*executor);
+void expect_backward(Call& call) {
+  const Problem& problem = call.problem;
+  const DType dtype = problem.dtype;
   const auto exact_d = naive_backward<double>(call);
   const auto naive_d = naive_backward<float>(call);
   expect_close("d_q", call.d_q.values(), naive_d.d_q, exact_d.d_q, dtype);
@@ -88,6 +86,17 @@ void expect_parity(const char* implementation, const ParityCase& c) {
   parameter("d_proj_q", call.d_proj_q, naive_d.d_proj_q, exact_d.d_proj_q);
   parameter("d_proj_k", call.d_proj_k, naive_d.d_proj_k, exact_d.d_proj_k);
   parameter("d_proj_out", call.d_proj_out, naive_d.d_proj_out, exact_d.d_proj_out);
+}
+
+void expect_parity(const char* implementation, const ParityCase& c) {
+  Problem problem = c.problem;
+  problem.implementation = implementation;
+  Call call(problem, 7, c.layout, c.key_lengths);
+  const auto executor = make_thread_pool(2);
+  call.run_forward(*executor);
+  expect_forward(call);
+  call.run_backward(*executor);
+  expect_backward(call);
   EXPECT_TRUE(call.guards_intact());
 }
 
