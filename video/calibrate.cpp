@@ -174,10 +174,13 @@ void Calibration::start_alpha() {
     }
     return Tensor();
   });
+  run_.progress.begin("where alpha starts", options_.alpha_samples);
   for (std::int64_t i = 0; i < options_.alpha_samples; ++i) {
     run_.check_stop("measuring alpha");
     run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamCalibrate, i, 1);
+    run_.progress.update(i + 1);
   }
+  run_.progress.end();
   const auto count = static_cast<double>(options_.alpha_samples * num_keeps());
   for (std::size_t i = 0; i < modules_.size(); ++i) {
     Tensor mean = sums[i] / count;  // [H, M]

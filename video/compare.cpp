@@ -263,6 +263,7 @@ json routing_map(Denoiser& denoiser, const Dataset& dataset, std::int64_t clip, 
   const Tensor level = torch::full({1}, t, torch::TensorOptions(device));
   json map = {{"clip", dataset.names()[static_cast<std::size_t>(clip)]}, {"t", t}};
   double best = -1;
+  run.progress.begin("routing map", denoiser.transformer->config().num_layers);
   denoiser.transformer->set_observer(
       [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor&) {
         sla2::nn::Attention module = denoiser.transformer->attention(layer);
@@ -284,12 +285,14 @@ json routing_map(Denoiser& denoiser, const Dataset& dataset, std::int64_t clip, 
           map["start_head"] = by_head.argmax().item<std::int64_t>();
           map["start_block"] = held.size(2) * 5 / 8;
         }
+        run.progress.update(layer + 1);
         return Tensor();
       });
   const Autocast autocast(device, true);
   denoiser.velocity(add_noise(x, noise, level), level,
                     denoiser.text_of_rows({denoiser.no_caption_row()}));
   denoiser.transformer->set_observer({});
+  run.progress.end();
   const Tensor pixels = window.pixels.contiguous();
   map["frames"] = base64({reinterpret_cast<const std::byte*>(pixels.data_ptr<std::uint8_t>()),
                           static_cast<std::size_t>(pixels.numel())});

@@ -103,6 +103,7 @@ class Demo {
   FlowOptions flow_;
   json base_, stage1_, stage2_, sla_;
   json stages_ = json::array();
+  bool resumed_ = false;  // an earlier run did part of it: the times are not of the whole
 };
 
 json Demo::stage(const std::string& name, const json& identity,
@@ -115,10 +116,12 @@ json Demo::stage(const std::string& name, const json& identity,
     return saved.is_object() && saved.value("identity", json()) == identity;
   };
   if (same(done)) {
+    resumed_ = true;
     run_.progress.note(fmt::format("{}: done already", name));
     return io::parse_json(io::read_file(done, kMaxResultBytes), done.string());
   }
   const bool resume = same(started);
+  resumed_ |= resume;
   std::error_code ignored;
   fs::remove(done, ignored);
   if (!resume) fs::remove(folder / "checkpoint.safetensors", ignored);
@@ -363,6 +366,7 @@ json Demo::report(const Comparison& comparison, const std::vector<StepTime>& tim
   double total = 0;
   for (const json& stage : stages_) total += stage.at("seconds").get<double>();
   result["timing"]["total_s"] = total;
+  result["timing"]["resumed"] = resumed_;
   json one = json::array();
   const auto& losses = stage1_.at("losses");
   if (options_.keeps_in_turns) {

@@ -138,6 +138,7 @@ TEST(Demo, WholeStoryAndReuse) {
   }
   EXPECT_GT(report["machine"]["peak_rss_mb"].get<double>(), 50);
   EXPECT_GT(report["timing"]["total_s"].get<double>(), 0);
+  EXPECT_FALSE(report["timing"]["resumed"].get<bool>());
   EXPECT_EQ(report["layers"].size(), 6U);
   EXPECT_EQ(report["losses"]["stage2"][1]["points"].size(), 4U) << "SLA gets the steps of both";
   EXPECT_TRUE(std::filesystem::exists(options.out / "report.html"));
@@ -147,6 +148,7 @@ TEST(Demo, WholeStoryAndReuse) {
   EXPECT_EQ(again["losses"], report["losses"]);
   EXPECT_EQ(again["timing"]["stages"][0], report["timing"]["stages"][0]);
   EXPECT_EQ(again["clips"], report["clips"]);
+  EXPECT_TRUE(again["timing"]["resumed"].get<bool>());
 
   options.stage2_steps = 3;
   const json longer = run_demo(options, silent.run);
