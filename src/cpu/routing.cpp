@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/float16.h"
+#include "cpu/back.h"
 #include "cpu/plan.h"
 
 namespace sla2::cpu {
@@ -220,8 +221,8 @@ void back_scores(const Call& call, std::int64_t i, const float* logits, double* 
   const Job& job = call.job;
   const std::int64_t T = job.k_blocks;
   const double inverse_tau = 1 / call.problem.config.tau;
-  const float* u = job.u + i * T;
-  const float* l = job.l + i * T;
+  const float* u = job.back->u + i * T;
+  const float* l = job.back->l + i * T;
   double sum_t = 0;
   double sum_g = 0;
   const auto weight = [&](std::int64_t j) {
