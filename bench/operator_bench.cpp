@@ -1,4 +1,5 @@
 // The benchmark of the CPU without the program: operator_bench --help.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -6,6 +7,7 @@
 #include <map>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "io/files.h"
@@ -16,10 +18,10 @@ namespace {
 using namespace sla2;
 
 constexpr const char* kUsage =
-    "operator_bench [--shape B,H,N,D] [--keep 0.03,1] [--precision int8,bf16,fp32]\n"
-    "               [--pass forward,backward] [--threads 2,1] [--dtype fp32|bf16|fp16]\n"
+    "operator_bench [--shape 1,1,8192,128] [--keep 0.03] [--precision int8,bf16,fp32]\n"
+    "               [--pass forward,backward] [--threads N,...] [--dtype fp32|bf16|fp16]\n"
     "               [--routing hard|soft] [--block_q 128] [--block_k 64] [--implementation NAME]\n"
-    "               [--repeats 9] [--seconds 0.4] [--minutes 13] [--rivals 0|1] [--json FILE]\n";
+    "               [--repeats 9] [--seconds 0.4] [--minutes 13] [--rivals 0] [--json FILE]\n";
 
 std::vector<std::string> split(const std::string& text) {
   std::vector<std::string> parts;
@@ -70,7 +72,13 @@ void set_shape(const std::string& text, bench::SuiteOptions& o) {
 }
 
 bench::SuiteOptions parse(int argc, char** argv, std::string& json) {
-  bench::SuiteOptions o;
+  bench::SuiteOptions o;  // one row of each pass, unless more is asked for
+  o.tokens = {8192};
+  o.head_dims = {128};
+  o.keeps = {0.03};
+  o.precisions = {Precision::kInt8};
+  o.threads = {std::max<std::int64_t>(1, std::thread::hardware_concurrency())};
+  o.rivals = false;
   const std::map<std::string, Precision> precisions = {
       {"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"fp32", Precision::kFp32}};
   const std::map<std::string, Pass> passes = {{"forward", Pass::kForward},

@@ -1,4 +1,4 @@
-"""Plots of a benchmark's report, as SVG: time against N, and time by stage.
+"""Plots of a benchmark's report, as SVG (time against N, time by stage), and its rows as a table.
 
 python bench/plot.py [out/bench.json] [--out FOLDER] [--d 128] [--threads N] [--precision int8]
 """
@@ -149,6 +149,39 @@ def stage_plot(rows, title):
     return page(parts, height)
 
 
+def table(report):
+    """Every row of ours as Markdown."""
+    rivals = ["torch_sdpa_fp32", "torch_sdpa_bf16", "flex_attention_fp32", "flex_attention_bf16"]
+    for row in report["rows"]:
+        rivals += [name for name in row["speedup_over"] if name not in rivals]
+    rivals = [r for r in rivals if any(r in row["speedup_over"] for row in report["rows"])]
+    head = ["pass", "threads", "N", "d", "keep", "precision", "ms", "quartiles", "TFLOP/s"]
+    head += ["roofline", "workspace MiB", *[f"over {name.replace('_', ' ')}" for name in rivals]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in report["rows"]:
+        if row["name"] != "sla2":
+            continue
+        share = row["roofline_share"]
+        workspace = row.get("workspace_mib")
+        cells = [
+            row["pass"],
+            str(row["threads"]),
+            str(row["shape"][2]),
+            str(row["shape"][3]),
+            f"{row['keep']:g}",
+            row["precision"],
+            f"{row['ms_median']:.2f}",
+            f"{row['ms_q1']:.2f} to {row['ms_q3']:.2f}",
+            f"{row['effective_tflops']:.2f}",
+            "" if share is None else f"{share:.0%}",
+            "" if workspace is None else f"{workspace:.1f}",
+        ]
+        over = row["speedup_over"]
+        cells += [f"{over[name]:.1f}x" if name in over else "" for name in rivals]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("report", nargs="?", default="out/bench.json")
@@ -166,6 +199,8 @@ def main():
         arguments.d = report["rows"][0]["shape"][3]
     folder = pathlib.Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bench_table.md").write_text(table(report), encoding="utf-8")
+    print(folder / "bench_table.md")
     machine = report["machine"].get("gpu", report["machine"]["processor"])
     with_stages = []
     for direction in ("forward", "backward"):
