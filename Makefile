@@ -12,6 +12,7 @@ test: setup
 bench: setup
 	@mkdir -p out
 	@.venv/bin/sla2 bench op --json out/bench.json
+	@.venv/bin/python bench/plot.py out/bench.json --out out
 
 lint: setup
 	@tools/lint.sh

@@ -5,7 +5,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace sla2::bench {
@@ -20,6 +24,11 @@ class Tensor {
   [[nodiscard]] std::int64_t size() const { return shape_[0] * shape_[1] * shape_[2] * shape_[3]; }
   [[nodiscard]] View view() {
     return dense_view(static_cast<void*>(bytes_.data()), dtype_, shape_);
+  }
+  [[nodiscard]] std::vector<float> values() const {
+    std::vector<float> result(static_cast<std::size_t>(size()));
+    for (std::int64_t i = 0; i < size(); ++i) result[static_cast<std::size_t>(i)] = get(i);
+    return result;
   }
   Tensor& randomise(std::mt19937& generator) {
     std::normal_distribution<float> normal;
@@ -46,6 +55,25 @@ class Tensor {
     std::memcpy(&bytes_[static_cast<std::size_t>(i * 2)], &half, 2);
   }
 
+  [[nodiscard]] float get(std::int64_t i) const {
+    float value;
+    if (dtype_ == DType::kF32) {
+      std::memcpy(&value, &bytes_[static_cast<std::size_t>(i * 4)], 4);
+      return value;
+    }
+    std::uint16_t half;
+    std::memcpy(&half, &bytes_[static_cast<std::size_t>(i * 2)], 2);
+    if (dtype_ == DType::kBF16) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    }
+    const int exponent = half >> 10 & 31;
+    const auto fraction = static_cast<float>(half & 1023) * 0x1p-10F;
+    value = exponent == 0 ? std::ldexp(fraction, -14) : std::ldexp(1 + fraction, exponent - 15);
+    return (half & 0x8000) != 0 ? -value : value;
+  }
+
   DType dtype_;
   std::array<std::int64_t, 4> shape_;
   std::vector<std::byte> bytes_;
@@ -62,85 +90,204 @@ Seconds quartiles(std::vector<double> samples) {
   return {at(0.5), at(0.25), at(0.75)};
 }
 
-Seconds measure(const std::function<void()>& run, std::int64_t repeats) {
+double seconds_of(const std::function<void()>& run) {
+  const auto start = std::chrono::steady_clock::now();
   run();
-  std::vector<double> samples;
-  for (std::int64_t i = 0; i < repeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    run();
-    samples.push_back(
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  return quartiles(std::move(samples));
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-Result measure_operator(const Problem& p, Executor& executor, std::int64_t repeats,
-                        bool with_backward) {
+struct Data {
+  Tensor q, k, v, d_out, out, d_q, d_k, d_v;
+  std::vector<std::byte> workspace;
+};
+
+namespace {
+Tensor queries(const Problem& p, std::int64_t width) {
+  return {p.dtype, {p.batch, p.num_heads, p.q_tokens, width}};
+}
+Tensor keys(const Problem& p, std::int64_t width) {
+  return {p.dtype, {p.batch, p.num_kv_heads, p.k_tokens, width}};
+}
+std::vector<float> floats(std::int64_t n) {
+  return std::vector<float>(static_cast<std::size_t>(n));
+}
+}  // namespace
+
+std::shared_ptr<Data> make_data(const Problem& p) {
+  validate(p);
   std::mt19937 generator(1);
-  const auto queries = [&](std::int64_t width) {
-    return Tensor(p.dtype, {p.batch, p.num_heads, p.q_tokens, width});
-  };
-  const auto keys = [&](std::int64_t width) {
-    return Tensor(p.dtype, {p.batch, p.num_kv_heads, p.k_tokens, width});
-  };
-  Tensor q = queries(p.head_dim).randomise(generator);
-  Tensor k = keys(p.head_dim).randomise(generator);
-  Tensor v = keys(p.value_dim).randomise(generator);
-  Tensor out = queries(p.value_dim), sparse = queries(p.value_dim), linear = queries(p.value_dim);
+  auto data = std::make_shared<Data>(Data{queries(p, p.head_dim),
+                                          keys(p, p.head_dim),
+                                          keys(p, p.value_dim),
+                                          queries(p, p.value_dim),
+                                          queries(p, p.value_dim),
+                                          queries(p, p.head_dim),
+                                          keys(p, p.head_dim),
+                                          keys(p, p.value_dim),
+                                          {}});
+  for (Tensor* x : {&data->q, &data->k, &data->v, &data->d_out}) x->randomise(generator);
+  return data;
+}
+
+struct Operator::Own {
+  Tensor sparse, linear;
+  std::vector<float> lse, mean, logits, d_alpha, d_router;
+};
+
+Operator::Operator(const Problem& p, Executor& executor, std::shared_ptr<Data> data)
+    : problem_(p), executor_(executor), data_(std::move(data)) {
+  validate(p);
   const std::int64_t rows = p.batch * p.num_heads * num_q_blocks(p);
-  const auto floats = [](std::int64_t n) {
-    return std::vector<float>(static_cast<std::size_t>(n));
+  blocks_.resize(static_cast<std::size_t>(rows * max_routed_blocks(p)));
+  own_ = std::make_unique<Own>(Own{
+      queries(p, p.value_dim), queries(p, p.value_dim), floats(p.batch * p.num_heads * p.q_tokens),
+      floats(p.batch * p.num_kv_heads * p.head_dim),
+      floats(is_soft() ? rows * num_k_blocks(p, p.k_tokens) : 0),
+      floats(p.num_heads * p.alpha_blocks), floats(2 * p.num_routers * p.head_dim * p.head_dim)});
+}
+Operator::~Operator() = default;
+Operator::Operator(Operator&&) noexcept = default;
+
+std::string Operator::implementation(Pass pass) const {
+  return select_implementation(problem_, pass).name;
+}
+std::size_t Operator::workspace_bytes(Pass pass) const {
+  return sla2::workspace_bytes(problem_, pass, executor_.num_threads());
+}
+
+void Operator::forward(bool for_backward) { run(Pass::kForward, for_backward, nullptr); }
+void Operator::backward() { run(Pass::kBackward, true, nullptr); }
+
+void Operator::run(Pass pass, bool for_backward,
+                   const std::function<void(const char*)>* after_stage) {
+  Data& x = *data_;
+  x.workspace.resize(std::max(x.workspace.size(), workspace_bytes(pass)));
+  const Context context{executor_, x.workspace, nullptr, after_stage};
+  Inputs inputs;
+  inputs.q = as_const(x.q.view());
+  inputs.k = as_const(x.k.view());
+  inputs.v = as_const(x.v.view());
+  float* logits = is_soft() ? own_->logits.data() : nullptr;
+  if (pass == Pass::kForward) {
+    Outputs outputs;
+    outputs.out = x.out.view();
+    outputs.routing = {blocks_.data(), logits};
+    if (for_backward) {
+      outputs.out_sparse = own_->sparse.view();
+      outputs.out_linear = own_->linear.view();
+      outputs.lse = own_->lse.data();
+      outputs.k_mean = own_->mean.data();
+    }
+    sla2::forward(problem_, inputs, outputs, context);
+    return;
+  }
+  Gradients gradients;
+  gradients.d_q = x.d_q.view();
+  gradients.d_k = x.d_k.view();
+  gradients.d_v = x.d_v.view();
+  const bool sla = problem_.config.method == Method::kSla;
+  if (!sla) gradients.d_alpha_logit = own_->d_alpha.data();
+  if (is_soft() && !sla) {
+    gradients.d_proj_q = own_->d_router.data();
+    gradients.d_proj_k = own_->d_router.data() + own_->d_router.size() / 2;
+  }
+  const Saved saved{as_const(own_->sparse.view()),
+                    as_const(own_->linear.view()),
+                    own_->lse.data(),
+                    own_->mean.data(),
+                    {blocks_.data(), logits}};
+  sla2::backward(problem_, inputs, saved, as_const(x.d_out.view()), gradients, context);
+}
+
+std::vector<std::pair<std::string, double>> Operator::stages(Pass pass) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<std::pair<std::string, double>> times;
+  Clock::time_point last;
+  const std::function<void(const char*)> after_stage = [&](const char* name) {
+    const auto now = Clock::now();
+    auto found = std::find_if(times.begin(), times.end(),
+                              [&](const auto& one) { return one.first == name; });
+    if (found == times.end()) found = times.insert(times.end(), {name, 0.0});
+    found->second += std::chrono::duration<double>(now - last).count();
+    last = Clock::now();
   };
+  last = Clock::now();
+  run(pass, pass == Pass::kBackward, &after_stage);
+  return times;
+}
+
+namespace {
+
+/// The results of one implementation: out, d_q, d_k, d_v; routed by `blocks` unless it is empty.
+std::vector<std::vector<float>> results(Problem p, const char* implementation, Executor& executor,
+                                        Data& x, std::vector<std::int32_t>& blocks) {
+  p.implementation = implementation;
+  const bool is_given = !blocks.empty();
+  blocks.resize(
+      static_cast<std::size_t>(p.batch * p.num_heads * num_q_blocks(p) * max_routed_blocks(p)));
+  x.workspace.resize(std::max(
+      x.workspace.size(), std::max(workspace_bytes(p, Pass::kForward, executor.num_threads()),
+                                   workspace_bytes(p, Pass::kBackward, executor.num_threads()))));
+  const Context context{executor, x.workspace};
+  Tensor sparse = queries(p, p.value_dim), linear = queries(p, p.value_dim);
   std::vector<float> lse = floats(p.batch * p.num_heads * p.q_tokens);
   std::vector<float> mean = floats(p.batch * p.num_kv_heads * p.head_dim);
-  std::vector<std::int32_t> blocks(static_cast<std::size_t>(rows * max_routed_blocks(p)));
-  const bool soft = p.config.routing == RoutingMode::kSoft;
-  std::vector<float> logits = floats(soft ? rows * num_k_blocks(p, p.k_tokens) : 0);
-  const Routing routing{blocks.data(), soft ? logits.data() : nullptr};
-
-  Inputs inputs{as_const(q.view()), as_const(k.view()), as_const(v.view()), {}, nullptr, {}};
-  const Outputs outputs{out.view(), sparse.view(), linear.view(), lse.data(), mean.data(), routing};
-  const std::int64_t threads = executor.num_threads();
-  std::vector<std::byte> workspace(workspace_bytes(p, Pass::kForward, threads));
-  Result result;
-  result.forward_implementation = select_implementation(p, Pass::kForward).name;
-  result.workspace_mib = static_cast<double>(workspace.size()) / (1 << 20);
-  result.forward = measure([&] { forward(p, inputs, outputs, {executor, workspace}); }, repeats);
-  if (!with_backward) return result;
-
-  Tensor d_out = queries(p.value_dim).randomise(generator);
-  Tensor d_q = queries(p.head_dim), d_k = keys(p.head_dim), d_v = keys(p.value_dim);
-  const bool sla = p.config.method == Method::kSla;
-  std::vector<float> d_alpha = floats(p.num_heads * p.alpha_blocks);
-  std::vector<float> d_router = floats(2 * p.num_routers * p.head_dim * p.head_dim);
-  Gradients gradients{d_q.view(), d_k.view(), d_v.view(), nullptr, nullptr, nullptr, nullptr};
-  if (!sla) gradients.d_alpha_logit = d_alpha.data();
-  if (soft && !sla) {
-    gradients.d_proj_q = d_router.data();
-    gradients.d_proj_k = d_router.data() + d_router.size() / 2;
-  }
-  const Saved saved{as_const(sparse.view()),
-                    as_const(linear.view()),
-                    lse.data(),
-                    mean.data(),
-                    {blocks.data(), soft ? logits.data() : nullptr}};
-  workspace.resize(workspace_bytes(p, Pass::kBackward, threads));
-  result.backward_implementation = select_implementation(p, Pass::kBackward).name;
-  result.workspace_mib =
-      std::max(result.workspace_mib, static_cast<double>(workspace.size()) / (1 << 20));
-  result.backward = measure(
-      [&] {
-        backward(p, inputs, saved, as_const(d_out.view()), gradients, {executor, workspace});
-      },
-      repeats);
-  return result;
+  Inputs inputs;
+  inputs.q = as_const(x.q.view());
+  inputs.k = as_const(x.k.view());
+  inputs.v = as_const(x.v.view());
+  if (is_given) inputs.routing.blocks = blocks.data();
+  Outputs outputs{x.out.view(), sparse.view(), linear.view(), lse.data(), mean.data(), {}};
+  if (!is_given) outputs.routing.blocks = blocks.data();
+  forward(p, inputs, outputs, context);
+  Gradients gradients;
+  gradients.d_q = x.d_q.view();
+  gradients.d_k = x.d_k.view();
+  gradients.d_v = x.d_v.view();
+  backward(p, inputs,
+           {as_const(sparse.view()),
+            as_const(linear.view()),
+            lse.data(),
+            mean.data(),
+            {blocks.data(), nullptr}},
+           as_const(x.d_out.view()), gradients, context);
+  return {x.out.values(), x.d_q.values(), x.d_k.values(), x.d_v.values()};
 }
 
-double effective_tflops(const Problem& p, Pass pass, double seconds) {
-  const double pairs = static_cast<double>(p.batch * p.num_heads) *
-                       static_cast<double>(p.q_tokens) * static_cast<double>(p.k_tokens);
-  const double forward = 2 * pairs * static_cast<double>(p.head_dim + p.value_dim);
-  return (pass == Pass::kBackward ? 2.5 : 1.0) * forward / seconds * 1e-12;
+}  // namespace
+
+void require_close(const std::string& name, const std::vector<float>& got,
+                   const std::vector<float>& want, double bound) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const double x = static_cast<double>(got[i]) - static_cast<double>(want[i]);
+    difference += x * x;
+    norm += static_cast<double>(want[i]) * static_cast<double>(want[i]);
+  }
+  const double error = std::sqrt(difference / std::max(norm, 1e-300));
+  if (error <= bound) return;
+  throw Error(ErrorKind::kRuntime, name + " differs from the reference by " +
+                                       std::to_string(error) + " (relative L2), allowed " +
+                                       std::to_string(bound));
+}
+
+void verify(const Problem& problem, Executor& executor) {
+  Problem p = problem;
+  p.batch = p.num_heads = p.num_kv_heads = 1;
+  p.num_routers = p.alpha_blocks = 1;
+  p.q_tokens = std::min<std::int64_t>(512, p.q_tokens);
+  p.k_tokens = std::min<std::int64_t>(512, p.k_tokens);
+  p.config.routing = RoutingMode::kHard;
+  const auto data = make_data(p);
+  std::vector<std::int32_t> blocks;
+  const auto got = results(p, problem.implementation, executor, *data, blocks);
+  const auto want = results(p, "reference", executor, *data, blocks);
+  // The integers agree exactly; rounding p to 8 bits under another chunk maximum changes a weight
+  // by up to half of 1/255 of the largest, products and results of 16 bits by 2^-8 each.
+  const bool exact = p.config.precision == Precision::kFp32 && p.dtype == DType::kF32;
+  const double bound = exact ? 1e-4 : 2e-2;
+  const char* const names[] = {"out", "d_q", "d_k", "d_v"};
+  for (std::size_t i = 0; i < got.size(); ++i) require_close(names[i], got[i], want[i], bound);
 }
 
 }  // namespace sla2::bench

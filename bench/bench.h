@@ -1,8 +1,12 @@
-// Measuring one pass of the operator. Links sla2 alone.
+// Measuring the operator on random tensors of the CPU. Links sla2 alone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "sla2/sla2.h"
@@ -13,22 +17,55 @@ struct Seconds {
   double median = 0, quartile1 = 0, quartile3 = 0;
 };
 
-/// Quartiles of `repeats` runs after one that is not counted.
-Seconds measure(const std::function<void()>& run, std::int64_t repeats);
+/// Of at least one sample; between two samples the nearer one, no interpolation.
 Seconds quartiles(std::vector<double> samples);
 
-struct Result {
-  Seconds forward, backward;  // zero if not asked for
-  const char* forward_implementation = "";
-  const char* backward_implementation = "";
-  double workspace_mib = 0;  // the larger of the two passes
+/// Wall time of one run.
+double seconds_of(const std::function<void()>& run);
+
+/// The tensors that all cases of one shape share, random normal, and one workspace.
+struct Data;
+std::shared_ptr<Data> make_data(const Problem& shape);
+
+/// One problem on shared data: the router is the identity, alpha 1/2.
+class Operator {
+ public:
+  /// Throws sla2::Error if the problem is invalid or nothing can run it.
+  Operator(const Problem& problem, Executor& executor, std::shared_ptr<Data> data);
+  ~Operator();
+  Operator(Operator&&) noexcept;
+  Operator& operator=(Operator&&) = delete;
+
+  /// `for_backward`: with everything that the backward needs, else the output alone (inference).
+  void forward(bool for_backward);
+  void backward();  // behind forward(true)
+  /// Seconds of each stage of one run, summed over heads, in the order of their first end.
+  /// Empty if the implementation does not tell.
+  std::vector<std::pair<std::string, double>> stages(Pass pass);
+
+  [[nodiscard]] const Problem& problem() const { return problem_; }
+  [[nodiscard]] std::string implementation(Pass pass) const;
+  [[nodiscard]] std::size_t workspace_bytes(Pass pass) const;
+  [[nodiscard]] const std::vector<std::int32_t>& blocks() const { return blocks_; }
+
+ private:
+  void run(Pass pass, bool for_backward, const std::function<void(const char*)>* after_stage);
+  [[nodiscard]] bool is_soft() const { return problem_.config.routing == RoutingMode::kSoft; }
+
+  Problem problem_;
+  Executor& executor_;
+  std::shared_ptr<Data> data_;
+  struct Own;
+  std::unique_ptr<Own> own_;
+  std::vector<std::int32_t> blocks_;
 };
 
-/// Random normal inputs of `problem`; the router is the identity, alpha 1/2.
-Result measure_operator(const Problem& problem, Executor& executor, std::int64_t repeats,
-                        bool with_backward);
+/// Forward and backward of the problem, at 512 tokens at most, against the reference under one
+/// routing. Throws sla2::Error (kRuntime) if the result is wrong.
+void verify(const Problem& problem, Executor& executor);
 
-/// TFLOP/s of full attention done in this time: 4 Nq Nk d forward, 2.5 times that backward.
-double effective_tflops(const Problem& problem, Pass pass, double seconds);
+/// Throws sla2::Error (kRuntime) unless |got - want| <= bound |want| in the Euclidean norm.
+void require_close(const std::string& name, const std::vector<float>& got,
+                   const std::vector<float>& want, double bound);
 
 }  // namespace sla2::bench

@@ -1,4 +1,5 @@
-// Speed of the operator on random tensors: operator_bench --help.
+// The benchmark of the CPU without the program: operator_bench --help.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -7,27 +8,28 @@
 #include <sstream>
 #include <string>
 #include <thread>
+#include <vector>
 
-#include "bench.h"
+#include "io/files.h"
+#include "suite.h"
 
 namespace {
 
 using namespace sla2;
 
 constexpr const char* kUsage =
-    "operator_bench [--shape B,H,N,D] [--keep 0.03] [--precision int8|bf16|fp32]\n"
-    "               [--routing hard|soft] [--dtype fp32|bf16|fp16] [--block_q 128] [--block_k 64]\n"
-    "               [--pass forward|both] [--threads N] [--repeats 9] [--implementation NAME] "
-    "[--json]\n";
+    "operator_bench [--shape 1,1,8192,128] [--keep 0.03] [--precision int8,bf16,fp32]\n"
+    "               [--pass forward,backward] [--threads N,...] [--dtype fp32|bf16|fp16]\n"
+    "               [--routing hard|soft] [--block_q 128] [--block_k 64] [--implementation NAME]\n"
+    "               [--repeats 9] [--seconds 0.4] [--minutes 13] [--rivals 0] [--json FILE]\n";
 
-struct Arguments {
-  Problem problem;
-  std::string implementation;
-  std::int64_t threads = static_cast<std::int64_t>(std::thread::hardware_concurrency());
-  std::int64_t repeats = 9;
-  bool with_backward = true;
-  bool json = false;
-};
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream in(text);
+  for (std::string part; std::getline(in, part, ',');) parts.push_back(part);
+  if (parts.empty()) parts.emplace_back();
+  return parts;
+}
 
 std::int64_t to_integer(const std::string& name, const std::string& text) {
   char* end = nullptr;
@@ -35,6 +37,12 @@ std::int64_t to_integer(const std::string& name, const std::string& text) {
   if (text.empty() || *end != 0 || value < 1) {
     throw Error(name + " must be a positive integer, got " + text);
   }
+  return value;
+}
+double to_number(const std::string& name, const std::string& text) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != 0) throw Error(name + " must be a number, got " + text);
   return value;
 }
 
@@ -47,108 +55,91 @@ T one_of(const std::string& name, const std::string& text, const std::map<std::s
   throw Error(name + " must be one of " + all + "; got " + text);
 }
 
-void set_shape(const std::string& text, Problem& p) {
-  std::istringstream parts(text);
-  std::string part;
-  std::int64_t sizes[4];
-  int count = 0;
-  while (std::getline(parts, part, ',')) {
-    if (count == 4) throw Error("--shape must be B,H,N,D, got " + text);
-    sizes[count++] = to_integer("--shape", part);
-  }
-  if (count != 4) throw Error("--shape must be B,H,N,D, got " + text);
-  p.batch = sizes[0];
-  p.num_heads = p.num_kv_heads = sizes[1];
-  p.q_tokens = p.k_tokens = sizes[2];
-  p.head_dim = p.value_dim = sizes[3];
+template <typename Read>
+auto list_of(const std::string& text, Read read) {
+  std::vector<decltype(read(text))> values;
+  for (const std::string& part : split(text)) values.push_back(read(part));
+  return values;
 }
 
-Arguments parse(int argc, char** argv) {
-  Arguments a;
-  set_shape("1,1,8192,128", a.problem);
-  Config& config = a.problem.config;
+void set_shape(const std::string& text, bench::SuiteOptions& o) {
+  const auto sizes = list_of(text, [](const std::string& x) { return to_integer("--shape", x); });
+  if (sizes.size() != 4) throw Error("--shape must be B,H,N,D, got " + text);
+  o.batch = sizes[0];
+  o.heads = sizes[1];
+  o.tokens = {sizes[2]};
+  o.head_dims = {sizes[3]};
+}
+
+bench::SuiteOptions parse(int argc, char** argv, std::string& json) {
+  bench::SuiteOptions o;  // one row of each pass, unless more is asked for
+  o.tokens = {8192};
+  o.head_dims = {128};
+  o.keeps = {0.03};
+  o.precisions = {Precision::kInt8};
+  o.threads = {std::max<std::int64_t>(1, std::thread::hardware_concurrency())};
+  o.rivals = false;
+  const std::map<std::string, Precision> precisions = {
+      {"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"fp32", Precision::kFp32}};
+  const std::map<std::string, Pass> passes = {{"forward", Pass::kForward},
+                                              {"backward", Pass::kBackward}};
   for (int i = 1; i < argc; ++i) {
     const std::string name = argv[i];
     if (name == "--help") {
       std::cout << kUsage;
       std::exit(0);
     }
-    if (name == "--json") {
-      a.json = true;
-      continue;
-    }
-    if (i + 1 == argc) throw Error(name + " must be an option with a value\n" + kUsage);
+    if (i + 1 == argc) throw Error(name + " must be an option with a value (--help lists them)");
     const std::string value = argv[++i];
     if (name == "--shape") {
-      set_shape(value, a.problem);
+      set_shape(value, o);
     } else if (name == "--keep") {
-      config.keep = std::strtod(value.c_str(), nullptr);
+      o.keeps = list_of(value, [&](const std::string& x) { return to_number(name, x); });
     } else if (name == "--precision") {
-      config.precision = one_of<Precision>(
-          name, value,
-          {{"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"fp32", Precision::kFp32}});
+      o.precisions =
+          list_of(value, [&](const std::string& x) { return one_of(name, x, precisions); });
+    } else if (name == "--pass") {
+      o.passes = list_of(value, [&](const std::string& x) { return one_of(name, x, passes); });
+    } else if (name == "--threads") {
+      o.threads = list_of(value, [&](const std::string& x) { return to_integer(name, x); });
     } else if (name == "--routing") {
-      config.routing = one_of<RoutingMode>(
+      o.config.routing = one_of<RoutingMode>(
           name, value, {{"hard", RoutingMode::kHard}, {"soft", RoutingMode::kSoft}});
     } else if (name == "--dtype") {
-      a.problem.dtype = one_of<DType>(
+      o.dtype = one_of<DType>(
           name, value, {{"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"fp16", DType::kF16}});
-    } else if (name == "--pass") {
-      a.with_backward = one_of<bool>(name, value, {{"forward", false}, {"both", true}});
     } else if (name == "--block_q") {
-      config.block_q = to_integer(name, value);
+      o.config.block_q = to_integer(name, value);
     } else if (name == "--block_k") {
-      config.block_k = to_integer(name, value);
-    } else if (name == "--threads") {
-      a.threads = to_integer(name, value);
+      o.config.block_k = to_integer(name, value);
     } else if (name == "--repeats") {
-      a.repeats = to_integer(name, value);
+      o.repeats = to_integer(name, value);
+    } else if (name == "--seconds") {
+      o.seconds_a_row = to_number(name, value);
+    } else if (name == "--minutes") {
+      o.minutes = to_number(name, value);
+    } else if (name == "--rivals") {
+      o.rivals = one_of<bool>(name, value, {{"0", false}, {"1", true}});
     } else if (name == "--implementation") {
-      a.implementation = value;
+      o.implementation = value;
+    } else if (name == "--json") {
+      json = value;
     } else {
-      throw Error(name + " is no option\n" + kUsage);
+      throw Error(name + " is no option (--help lists them)");
     }
   }
-  return a;
-}
-
-void print(const Arguments& a, const bench::Result& r) {
-  const auto row = [&](Pass pass, const char* name, const char* implementation,
-                       const bench::Seconds& s, bool last) {
-    const double tflops = bench::effective_tflops(a.problem, pass, s.median);
-    if (a.json) {
-      std::cout << "  {\"pass\": \"" << name << "\", \"implementation\": \"" << implementation
-                << "\", \"median_ms\": " << s.median * 1e3
-                << ", \"quartile1_ms\": " << s.quartile1 * 1e3
-                << ", \"quartile3_ms\": " << s.quartile3 * 1e3
-                << ", \"effective_tflops\": " << tflops << ", \"threads\": " << a.threads
-                << ", \"keep\": " << a.problem.config.keep << "}" << (last ? "\n" : ",\n");
-    } else {
-      std::cout << name << " " << implementation << ": " << s.median * 1e3 << " ms ("
-                << s.quartile1 * 1e3 << " to " << s.quartile3 * 1e3 << "), " << tflops
-                << " effective TFLOP/s\n";
-    }
-  };
-  if (a.json) std::cout << "[\n";
-  row(Pass::kForward, "forward", r.forward_implementation, r.forward, !a.with_backward);
-  if (a.with_backward) {
-    row(Pass::kBackward, "backward", r.backward_implementation, r.backward, true);
-  }
-  std::cout << (a.json ? "]\n" : "") << std::flush;
-  if (!a.json) std::cout << "workspace " << r.workspace_mib << " MiB\n";
+  return o;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
-    Arguments arguments = parse(argc, argv);
-    if (!arguments.implementation.empty()) {
-      arguments.problem.implementation = arguments.implementation.c_str();
-    }
-    const auto executor = make_thread_pool(arguments.threads);
-    print(arguments, bench::measure_operator(arguments.problem, *executor, arguments.repeats,
-                                             arguments.with_backward));
+    std::string json;
+    bench::SuiteOptions options = parse(argc, argv, json);
+    options.print = [](const std::string& line) { std::cout << line << std::endl; };
+    const nlohmann::json report = bench::run_suite(options);
+    if (!json.empty()) io::write_file(json, report.dump(2) + "\n");
     return 0;
   } catch (const Error& error) {
     std::cerr << "operator_bench: " << error.what() << "\n";

@@ -344,23 +344,17 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
   const Attend full = [](const auto& q, const auto& k, const auto& v) {
     return at::scaled_dot_product_attention(q, k, v);
   };
-  if (run.device.is_cuda()) {
-    const auto only = [&](bool flash) -> Attend {
-      return [=](const auto& q, const auto& k, const auto& v) {
-        const SdpaChoice choice(flash);
-        return full(q, k, v);
-      };
+  const auto only = [&](bool flash) -> Attend {
+    return [=](const auto& q, const auto& k, const auto& v) {
+      const SdpaChoice choice(flash);
+      return full(q, k, v);
     };
-    add("sla2", torch::kBFloat16, ours);
-    add("torch flash bf16", torch::kBFloat16, only(true));
-    add("torch cudnn bf16", torch::kBFloat16, only(false));
-  } else {
-    add("sla2", torch::kFloat32, ours);
-    add("torch sdpa fp32", torch::kFloat32, full);
-    add("torch sdpa bf16", torch::kBFloat16, full);
-  }
+  };
+  add("sla2", torch::kBFloat16, ours);
+  add("torch flash bf16", torch::kBFloat16, only(true));
+  add("torch cudnn bf16", torch::kBFloat16, only(false));
   measure(cases, options.repeats, run);
-  if (run.device.is_cuda()) result.stages = time_stages(options, run);
+  result.stages = time_stages(options, run);
   result.rows = rows_of(cases, "sla2");
   return result;
 }

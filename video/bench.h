@@ -39,10 +39,11 @@ struct OpBenchOptions {
 struct OpBenchResult {
   double error = 0;  // relative L2 against the reference implementation, up to 1024 tokens
   std::vector<BenchRow> rows;
-  std::vector<StageTime> stages;  // on a GPU
+  std::vector<StageTime> stages;
 };
 
-/// Verifies once, then times. Throws sla2::Error, also when the result is wrong.
+/// On a GPU (bench/suite.h measures processors). Verifies once, then times. Throws sla2::Error,
+/// also when the result is wrong.
 OpBenchResult bench_operator(const OpBenchOptions& options, Run& run);
 
 /// One sampling step with full attention and with the SLA2 weights that `denoiser` holds.

@@ -236,8 +236,7 @@ constexpr Mutation kMutations[] = {
      }},
     {"alpha blocks",
      [](Arguments& a, Random& r) {
-       a.problem.alpha_blocks =
-           r.one_of<std::int64_t>({0, -1, num_q_blocks(a.problem) + 1, kMost});
+       a.problem.alpha_blocks = r.one_of<std::int64_t>({0, -1, num_q_blocks(a.problem) + 1, kMost});
        return true;
      }},
     {"protected keys",

@@ -232,22 +232,44 @@ def test_info(model):
 
 
 def test_bench(tmp_path):
-    result = sla2(
-        "bench",
-        "op",
-        "--shape",
-        "1,2,256,32",
+    shape = ["bench", "op", "--device", "cpu", "--shape", "1,2,256,32"]
+    words = [
         "--keep",
-        0.5,
+        "0.5,1",
         "--repeats",
         2,
-        "--device",
-        "cpu",
+        "--row-seconds",
+        0.01,
         "--json",
         tmp_path / "b.json",
-    )
+    ]
+    result = sla2(*shape, *words)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "b.json").read_text())
-    assert len(report["rows"]) == 6 and report["error"] <= 2e-2
-    error_of(sla2("bench", "op", "--shape", "1,2"), 2)
+    ours = [row for row in report["rows"] if row["name"] == "sla2"]
+    threads = {row["threads"] for row in ours}
+    # forward int8, bf16, fp32; backward bf16, fp32; two keeps
+    assert len(ours) == 10 * len(threads)
+    for row in ours:
+        assert row["verified"] and 0 < row["ms_q1"] <= row["ms_median"] <= row["ms_q3"]
+        assert row["shape"] == [1, 2, 256, 32] and 0 < row["roofline_share"]
+        flops = 4 * 2 * 256 * 256 * 32 * (2.5 if row["pass"] == "backward" else 1)
+        assert abs(row["effective_tflops"] * row["ms_median"] / (flops * 1e-9) - 1) < 1e-6
+    rivals = {row["name"] for row in report["rows"]} - {"sla2"}
+    assert {"torch_sdpa_fp32", "torch_sdpa_bf16"} <= rivals
+    first = next(row for row in ours if row["threads"] == max(threads))
+    sdpa = next(row for row in report["rows"] if row["name"] == "torch_sdpa_fp32")
+    assert first["speedup_over"]["torch_sdpa_fp32"] == pytest.approx(
+        sdpa["ms_median"] / first["ms_median"]
+    )
+    for wrong in (
+        ["--shape", "1,2"],
+        ["--shape", "1,1,64,72"],
+        ["--keep", "2"],
+        ["--precision", "int7"],
+        ["--pass", "sideways"],
+        ["--implementation", "cpu_of_next_year"],
+        ["--row-seconds", "0"],
+    ):
+        error_of(sla2("bench", "op", "--device", "cpu", *wrong), 2)
     error_of(sla2("bench", "model"), 2)

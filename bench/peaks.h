@@ -1,0 +1,31 @@
+// What this machine can do at most, measured by small loops: multiply-adds a second from registers
+// in each format and instruction set, and bytes a second from memory.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "sla2/executor.h"
+
+namespace sla2::bench {
+
+/// Of one instruction set on all threads of an executor; 0: it has no such products.
+struct InstructionPeaks {
+  std::string name;  // "amx", "avx512_vnni", "avx512", "avx2_vnni", "avx2", "baseline"
+  double int8 = 0, bf16 = 0, fp32 = 0;  // multiply-adds a second
+};
+
+struct Peaks {
+  std::int64_t threads = 1;
+  std::vector<InstructionPeaks> sets;  // those of this machine
+  double bytes = 0;                    // a second, read from memory
+};
+
+/// About a second. Each figure is the best of several runs: a peak, not a mean.
+[[nodiscard]] Peaks measure_peaks(Executor& executor);
+
+/// The best of what an implementation may use: its own instruction set (cpu_{name}) and those that
+/// it includes.
+[[nodiscard]] InstructionPeaks peaks_of(const Peaks& peaks, const std::string& implementation);
+
+}  // namespace sla2::bench
