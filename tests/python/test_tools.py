@@ -1,8 +1,10 @@
 """The repository's own tools: what must fail there fails."""
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,82 @@ def test_a_broken_pytest_fails(tmp_path, code):
     old = '<testsuite><testcase name="old"/></testsuite>'
     (tmp_path / "logs" / "pytest.xml").write_text(old)
     assert run_tests(tmp_path, PASSES, code) == ("1 passed, 1 failed, 0 skipped", 1)
+
+
+def check_repository(folder, files):
+    """What check_repository.py says about a repository of these files."""
+    files = {"CMakeLists.txt": "project(sla2 VERSION 0.4.2 LANGUAGES CXX)\n", **files}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "check_repository.py", folder],
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    "room", ["src/core/a.cpp", "include/sla2/a.h", "io/a.cpp", "src/cuda/a.cu"]
+)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#include <torch/torch.h>",
+        "# include <torch/torch.h>",
+        '  #  include "c10/core/Device.h"',
+        "#include <caffe2/core/logging.h>",
+        '#include "torch_ops/arguments.h"',
+        '#include "video/weights.h"',
+        "#include <ATen/ATen.h>",
+    ],
+)
+def test_the_core_includes_no_torch(tmp_path, room, line):
+    status, text = check_repository(tmp_path, {room: f"int a;\n{line}\n"})
+    assert status == 1 and f"{room}:2: include/, src/ and io/ must not include torch" in text
+
+
+def test_other_includes_pass(tmp_path):
+    lines = '#include <vector>\n#include "io/video_file.h"\n// #include <torch/torch.h>\n'
+    files = {"src/a.cpp": lines, "video/a.cpp": "#include <torch/torch.h>\n"}
+    assert check_repository(tmp_path, files) == (0, "")
+
+
+def test_documents_that_are_named_exist(tmp_path):
+    files = {"src/a.cpp": "// docs/here.md\n// docs/gone.md\n", "docs/here.md": ""}
+    assert check_repository(tmp_path, files) == (
+        1,
+        "lint: src/a.cpp:2: docs/gone.md does not exist\n",
+    )
+
+
+def test_the_version_stands_in_one_place(tmp_path):
+    status, text = check_repository(tmp_path, {"python/a.py": 'V = "0.4.2"\n', "b.py": "10.4.2.1"})
+    assert status == 1 and text.startswith("lint: python/a.py:1: the version 0.4.2")
+    assert len(text.splitlines()) == 1
+
+
+def test_this_repository_keeps_its_rules():
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "check_repository.py"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_lint_and_format_take_the_same_files():
+    for script in ("lint.sh", "format.sh"):
+        text = (ROOT / "tools" / script).read_text()
+        assert "source tools/sources.sh" in text and "cpp_sources | xargs" in text
+        assert len(re.findall(r"ruff .*\$python_sources", text)) == 2
+        assert "ls-files -z '*.cpp'" not in text
+    assert "tools/format.sh" in (ROOT / "Makefile").read_text()
+
+
+def test_versions_agree():
+    import sla2
+
+    version = re.search(r"VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_text())[1]
+    assert sla2.__version__ == sla2.info()["version"] == version
