@@ -20,4 +20,4 @@ format: setup
 	@tools/format.sh
 
 wheel: setup
-	@.venv/bin/pip wheel . --no-deps --wheel-dir dist
+	@.venv/bin/pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist

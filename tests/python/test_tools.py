@@ -153,3 +153,25 @@ def test_versions_agree():
 
     version = re.search(r"VERSION (\d+\.\d+\.\d+)", (ROOT / "CMakeLists.txt").read_text())[1]
     assert sla2.__version__ == sla2.info()["version"] == version
+
+
+LIBRARY = ROOT / "python" / "sla2" / "lib" / "libsla2_torch.so"
+TORCH_CPP = re.compile(r"_Z.*(?<!\d)(2at|3c10|5torch|6caffe2|8pybind11)\w")  # mangled namespaces
+
+
+def symbols(option):
+    done = subprocess.run(
+        ["nm", "--dynamic", option, LIBRARY], capture_output=True, text=True, check=True
+    )
+    return [line.split()[-1].split("@")[0] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not on PATH")
+def test_the_library_is_tied_to_no_python_and_no_cpp_torch():
+    needed = symbols("--undefined-only")
+    assert "aoti_torch_get_sizes" in needed
+    assert [name for name in needed if TORCH_CPP.match(name)] == []
+    assert TORCH_CPP.match("_ZN3c105ErrorC1Ev") and TORCH_CPP.match("_ZNK2at10TensorBase4sizeEl")
+    assert [name for name in needed if re.match(r"_?Py[A-Z_]", name)] == []
+    # Of ours only the version: two copies of the library in one process do not meet.
+    assert [name for name in symbols("--defined-only") if "sla2" in name] == ["sla2_torch_version"]
