@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/precision.h"
 #include "io/config_json.h"
 #include "io/files.h"
 #include "video/bench.h"
@@ -34,6 +35,7 @@ class Bench final : public Command {
   }
 
   void run(Session& session) override {
+    check_precision(precision_, session);
     nlohmann::json report{{"command", session.command_line},
                           {"threads", torch::get_num_threads()},
                           {"device", session.run.device.str()},
