@@ -175,3 +175,33 @@ def test_the_library_is_tied_to_no_python_and_no_cpp_torch():
     assert [name for name in needed if re.match(r"_?Py[A-Z_]", name)] == []
     # Of ours only the version: two copies of the library in one process do not meet.
     assert [name for name in symbols("--defined-only") if "sla2" in name] == ["sla2_torch_version"]
+
+
+@pytest.mark.parametrize(
+    "program,says,message",
+    [
+        (
+            "cmake",
+            "cmake version 3.20.1",
+            "setup: cmake must be of version 3.25 or later, got 3.20.1",
+        ),
+        ("g++", "9.4.0", "setup: g++ must be of version 12 or later, got 9.4.0"),
+        ("python3", "3.8.10", "setup: python3 must be of version 3.10 or later, got 3.8.10"),
+        ("cmake", "", "setup: cmake must be of version 3.25 or later, got none"),
+    ],
+)
+def test_setup_names_a_tool_that_is_too_old(tmp_path, program, says, message):
+    """In a copy that has the scripts alone: nothing is installed or built."""
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+    for name, text in ("dpkg-query", "install ok installed"), (program, says):
+        (fakes / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (fakes / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}"}
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [tmp_path / "tools" / "setup.sh"], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr.strip()) == (1, message)
+    assert not (tmp_path / ".venv").exists()
