@@ -64,18 +64,26 @@ void expect_parity(const char* implementation, const ParityCase& c) {
   auto naive = reference::forward(problem, call.operands<float>(), &given_float);
   round_linear_branch(call, given_float, naive);
   const DType dtype = problem.dtype;
-  expect_close("out", call.out.values(), naive.out, exact.out, dtype);
-  expect_close("out_sparse", call.out_sparse.values(), naive.out_sparse, exact.out_sparse, dtype);
-  expect_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear, dtype);
-  expect_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32);
-  expect_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32);
+  const std::int64_t d = problem.head_dim;
+  const std::int64_t dv = problem.value_dim;
+  expect_rows_close("out", call.out.values(), naive.out, exact.out, dtype, dv);
+  expect_rows_close("out_sparse", call.out_sparse.values(), naive.out_sparse, exact.out_sparse,
+                    dtype, dv);
+  expect_rows_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear,
+                    dtype, dv);
+  expect_rows_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32, 1);
+  expect_rows_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32, d);
+  if (problem.config.precision == Precision::kInt8 &&
+      problem.config.routing == RoutingMode::kHard) {
+    expect_integers_close(call, given, naive.out_sparse, Chunks::kSame);
+  }
 
   call.run_backward(*executor);
   const auto exact_d = naive_backward<double>(call);
   const auto naive_d = naive_backward<float>(call);
-  expect_close("d_q", call.d_q.values(), naive_d.d_q, exact_d.d_q, dtype);
-  expect_close("d_k", call.d_k.values(), naive_d.d_k, exact_d.d_k, dtype);
-  expect_close("d_v", call.d_v.values(), naive_d.d_v, exact_d.d_v, dtype);
+  expect_rows_close("d_q", call.d_q.values(), naive_d.d_q, exact_d.d_q, dtype, d);
+  expect_rows_close("d_k", call.d_k.values(), naive_d.d_k, exact_d.d_k, dtype, d);
+  expect_rows_close("d_v", call.d_v.values(), naive_d.d_v, exact_d.d_v, dtype, dv);
   const auto parameter = [&](const char* what, const Array<float>& ours, const auto& naive_of,
                              const auto& exact_of) {
     if (ours.size() > 0) expect_close(what, ours.values(), naive_of, exact_of, DType::kF32);
