@@ -10,6 +10,7 @@
 
 #include "bench/suite.h"
 #include "cli/command.h"
+#include "cli/precision.h"
 #include "io/config_json.h"
 #include "io/files.h"
 #include "video/bench.h"
@@ -43,6 +44,7 @@ class Bench final : public Command {
   }
 
   void run(Session& session) override {
+    check_precision(precision_, session);
     nlohmann::json report{{"command", session.command_line},
                           {"device", session.run.device.str()},
                           {"options", session.options.effective()}};

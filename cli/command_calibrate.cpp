@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/precision.h"
 #include "cli/stage_options.h"
 #include "io/files.h"
 #include "sla2/error.h"
@@ -59,6 +60,7 @@ class Calibrate final : public Command {
   }
 
   void run(Session& session) override {
+    check_precision(precision_, session);
     if (tile_.size() != 3) {
       throw UsageError(fmt::format("--tile must have 3 numbers, got {}", tile_.size()));
     }
