@@ -120,13 +120,8 @@ void expect_gradient(const char* what, Tensor& ours, const std::vector<float>& n
 
 }  // namespace
 
-void expect_parity(const char* implementation, const ParityCase& c) {
-  Problem problem = c.problem;
-  problem.implementation = implementation;
-  Call call(problem, 7, c.layout, c.key_lengths);
-  const auto executor = make_thread_pool(2);
-  call.run_forward(*executor);
-
+void expect_forward(Call& call) {
+  const Problem& problem = call.problem;
   Problem exact_problem = problem;
   exact_problem.config.precision = Precision::kFp32;
   const auto given = routing_of<double>(call);
@@ -140,9 +135,13 @@ void expect_parity(const char* implementation, const ParityCase& c) {
   expect_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear, dtype);
   expect_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32);
   expect_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32);
+}
 
-  call.run_backward(*executor);
-  const bool in_bf16 = cpu::has_bf16_products(problem, kernels_of(implementation));
+void expect_backward(Call& call) {
+  const Problem& problem = call.problem;
+  const DType dtype = problem.dtype;
+  const std::string name = problem.implementation;
+  const bool in_bf16 = name != "reference" && cpu::has_bf16_products(problem, kernels_of(name));
   const auto exact_d = naive_backward<double>(call, false);
   const auto naive_d = naive_backward<float>(call, in_bf16);
   expect_gradient("d_q", call.d_q, naive_d.d_q, exact_d.d_q, dtype);
@@ -164,6 +163,17 @@ void expect_parity(const char* implementation, const ParityCase& c) {
                    in_bf16);
   expect_parameter("d_proj_out", call, call.d_proj_out, &Gradient::d_proj_out, naive_d,
                    exact_d.d_proj_out, in_bf16);
+}
+
+void expect_parity(const char* implementation, const ParityCase& c) {
+  Problem problem = c.problem;
+  problem.implementation = implementation;
+  Call call(problem, 7, c.layout, c.key_lengths);
+  const auto executor = make_thread_pool(2);
+  call.run_forward(*executor);
+  expect_forward(call);
+  call.run_backward(*executor);
+  expect_backward(call);
   EXPECT_TRUE(call.guards_intact());
 }
 
