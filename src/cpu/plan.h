@@ -36,7 +36,7 @@ struct DriverBuffers {
   float* log_m = nullptr;                     // [M, T]
   float* rest = nullptr;                      // [M, T]
   std::uint16_t* rest16 = nullptr;            // [M, rest_stride(T)], forward
-  float* routed_k_t = nullptr;                // [d, T rounded up to 16]
+  float* routed_k_t = nullptr;                // [d, T rounded up to 16], packed
   double* soft = nullptr;                     // [workers, T]
   std::int32_t* readers = nullptr;            // [M * T] (soft) or [M * L]
   std::int64_t* readers_begin = nullptr;      // [T + 1]

@@ -19,9 +19,11 @@ struct Sizes {
   static constexpr int kPlane = kStep * kPitch;
   static constexpr int kMatrix = kTerms * kPlane;
   static constexpr int kRowBytes = 2 * kStep * 4;             // lse and Ds of a step
+  static constexpr int kUnits = D / 8;                        // of 16 bytes, of a row
+  static constexpr int kCopyRows = kBackThreads / kUnits;     // that the block copies at once
   static constexpr int kStage = 2 * kMatrix * 2 + kRowBytes;  // bytes
   static constexpr int kFragments = kHold ? D / 16 : 1;
-  static_assert(kStages * kStage <= 99 * 1024);
+  static_assert(kStages * kStage + 4352 <= 99 * 1024);  // and Readers
 };
 
 /// The rows that a warp owns of one operand.
@@ -87,6 +89,44 @@ SLA2_DEVICE void accumulate(float (&acc)[D / 8][4], const float (&weights)[kColu
   }
 }
 
+/// out = own [16, D] times tile [16, D] transposed, for two operands at once: the products of one
+/// fill the latency of the other's.
+template <int kTerms, int D>
+SLA2_DEVICE void two_scores(float (&s)[2][4], Own<kTerms, D>& left, const Bf16* tile,
+                            float (&s_other)[2][4], Own<kTerms, D>& left_other,
+                            const Bf16* tile_other) {
+  using S = Sizes<kTerms, D>;
+  static_assert(S::kHold);
+  SLA2_UNROLL for (int n = 0; n < 2; ++n) {
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = s_other[n][e] = 0.0f;
+  }
+  SLA2_UNROLL for (int k = 0; k < D / 16; ++k) {
+    Fragment<kTerms> b, b_other;
+    load_right(b, tile + k * 16, S::kPitch, S::kPlane);
+    load_right(b_other, tile_other + k * 16, S::kPitch, S::kPlane);
+    SLA2_UNROLL for (int half = 0; half < 2; ++half) {
+      multiply_add(s[half], left.get(k), b, half);
+      multiply_add(s_other[half], left_other.get(k), b_other, half);
+    }
+  }
+}
+
+/// Starts the copy of kStep rows of D features that lie one behind the other.
+template <int kTerms, int D>
+SLA2_DEVICE void copy_rows(Bf16* tile, const Terms& from, std::int64_t at) {
+  using S = Sizes<kTerms, D>;
+  static_assert(S::kStep % S::kCopyRows == 0);
+  const int row = thread_index() / S::kUnits;
+  const int unit = thread_index() % S::kUnits * 8;
+  Bf16* const to = tile + row * S::kPitch + unit;
+  const Bf16* const source = from.data + at + row * D + unit;
+  SLA2_UNROLL for (int p = 0; p < kTerms; ++p) {
+    SLA2_UNROLL for (int r = 0; r < S::kStep; r += S::kCopyRows) {
+      copy_async_16(to + p * S::kPlane + r * S::kPitch, source + p * from.plane + r * D, true);
+    }
+  }
+}
+
 template <int D>
 SLA2_DEVICE void clear(float (&acc)[D / 8][4]) {
   SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
@@ -100,7 +140,7 @@ SLA2_DEVICE float log2_weight(float x) {
 }
 
 /// 2^min(x, 0); NaN stays.
-SLA2_DEVICE float probability(float x) { return fast_exp2(x > 0.0f ? 0.0f : x); }
+SLA2_DEVICE float probability(float x) { return fast_exp2(min_or_nan(x, 0.0f)); }
 
 // ---- Queries -----------------------------------------------------------------------------------
 
@@ -112,10 +152,19 @@ struct KeyWalk {
   int end, k_blocks, bk, length;
   int at, first;  // first key of the step; at == end: no step
   int j;
+  int upcoming;  // hard routing: blocks[at], read one find ahead: nothing waits for it
 
+  SLA2_DEVICE void start() {
+    if (blocks != nullptr && end > 0) upcoming = blocks[0];
+    find();
+  }
   SLA2_DEVICE void find() {
     for (; at < end; ++at) {
-      j = blocks != nullptr ? blocks[at] : at;
+      j = at;
+      if (blocks != nullptr) {
+        j = upcoming;
+        if (at + 1 < end) upcoming = blocks[at + 1];
+      }
       first = j * bk;
       if (blocks != nullptr ? j >= 0 && j < k_blocks : logits[j] != -kInfinity) return;
     }
@@ -130,34 +179,32 @@ struct KeyWalk {
 };
 
 /// Runs compute(walk, stage, next) for every step, the next one's tiles on their way meanwhile.
-/// compute ends behind a barrier's worth of work: the stage is overwritten afterwards.
+/// Ends with a barrier: the stages may be used again.
 template <int kStages, int kStage, typename Walk, typename Copy, typename Compute>
 SLA2_DEVICE void pipeline(const Walk& first, Copy copy, Compute compute) {
   Walk now = first;
   int step = 0;
-  if (!now.done()) copy(now, 0);
+  if (kStages == 2 && !now.done()) copy(now, 0);
   copy_async_commit();
   SLA2_NO_UNROLL while (!now.done()) {
     Walk next = now;
     next.advance();
+    if constexpr (kStages == 1) {
+      copy(now, 0);
+      copy_async_commit();
+    }
+    copy_async_wait<0>();
+    block_barrier();  // the step is there, and the last one has been read
     if constexpr (kStages == 2) {
       if (!next.done()) copy(next, (step + 1) % 2 * kStage);
       copy_async_commit();
-      copy_async_wait<1>();
-    } else {
-      copy_async_wait<0>();
     }
-    block_barrier();
     compute(now, step % kStages * kStage, next);
-    block_barrier();
-    if constexpr (kStages == 1) {
-      if (!next.done()) copy(next, 0);
-      copy_async_commit();
-    }
+    if constexpr (kStages == 1) block_barrier();
     now = next;
     ++step;
   }
-  copy_async_wait<0>();
+  block_barrier();
 }
 
 /// One warp's 16 query rows: lane l has rows l / 4 and l / 4 + 8.
@@ -181,11 +228,14 @@ struct QueryTile {
     scores<kTerms, D, S::kStep>(d_p, d_o, tiles + S::kMatrix);
     const float log_m = walk.logits != nullptr ? log2_weight(walk.logits[walk.j]) : 0.0f;
     const float scale = back.call.scale * kLog2E;
+    SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+      SLA2_UNROLL for (int e = 0; e < 4; ++e) s[n][e] = fused(s[n][e], scale, log_m);
+    }
     const int keys = walk.length - walk.first;
+    if (keys >= S::kStep) return;
     SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
       SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-        const bool inside = n * 8 + lane_index() % 4 * 2 + e % 2 < keys;
-        s[n][e] = inside ? s[n][e] * scale + log_m : -kInfinity;
+        if (n * 8 + lane_index() % 4 * 2 + e % 2 >= keys) s[n][e] = -kInfinity;
       }
     }
   }
@@ -291,7 +341,7 @@ void sparse_queries_kernel(Backward back) {
   const int warp_row = t.tile * kTileRows + warp_index() * 16;
   t.active = warp_row < c.bq;
   t.row = (t.head * c.M + t.i) * c.bq + warp_row;
-  t.factor = sparse_factor(back, t.b, t.h, t.i);
+  t.factor = back.alphas[t.head * c.M + t.i];
   t.q.load(back.q, t.row * D, t.active);
   t.d_o.load(back.d_o, t.row * D, t.active);
   SLA2_UNROLL for (int half = 0; half < 2; ++half) {
@@ -312,14 +362,14 @@ void sparse_queries_kernel(Backward back) {
                           length,
                           0,
                           0,
-                          0};
-  first.find();
+                          0,
+                          -1};
+  first.start();
   const auto copy = [&](const KeyWalk<S::kStep>& walk, int stage) {
     Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
     const std::int64_t at = (kv * c.T * c.bk + walk.first) * D;
-    copy_tile<kTerms>(tiles, S::kPitch, S::kPlane, back.ks, at, D, S::kStep, D, S::kStep, D);
-    copy_tile<kTerms>(tiles + S::kMatrix, S::kPitch, S::kPlane, back.v, at, D, S::kStep, D,
-                      S::kStep, D);
+    copy_rows<kTerms, D>(tiles, back.ks, at);
+    copy_rows<kTerms, D>(tiles + S::kMatrix, back.v, at);
   };
   if (back.matched) recompute<kTerms, D>(t, first, copy);
 
@@ -332,9 +382,13 @@ void sparse_queries_kernel(Backward back) {
       t.products(walk, stage);
       SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
         SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-          const float p = t.factor * probability(t.s[n][e] - t.lse[e / 2]);
+          const float p = probability(t.s[n][e] - t.lse[e / 2]);
           t.s[n][e] = p == 0.0f ? 0.0f : p * (t.d_p[n][e] - t.delta[e / 2]);
-          u += t.s[n][e];
+        }
+      }
+      if (back.u != nullptr) {
+        SLA2_UNROLL for (int n = 0; n < S::kStep / 8; ++n) {
+          SLA2_UNROLL for (int e = 0; e < 4; ++e) u += t.factor * t.s[n][e];
         }
       }
       accumulate<kTerms, D, S::kStep>(acc, t.s,
@@ -344,7 +398,7 @@ void sparse_queries_kernel(Backward back) {
       u = sum_over_warp(u);
       if (lane_index() == 0) parts[warp_index()] = u;
       block_barrier();
-      if (thread_index() == 0) {
+      if (thread_index() == 0) {  // read before the next step's barrier, written behind it
         back.u[(block * back.query_tiles + t.tile) * c.T + walk.j] =
             parts[0] + parts[1] + parts[2] + parts[3];
       }
@@ -353,6 +407,7 @@ void sparse_queries_kernel(Backward back) {
   });
 
   if (!t.active || back.d_q.data == nullptr) return;
+  const float scale = t.factor * c.scale;
   SLA2_UNROLL for (int half = 0; half < 2; ++half) {
     const std::int64_t row = t.row + lane_index() / 4 + half * 8;
     const int n = static_cast<int>(row - t.head * c.M * c.bq);
@@ -362,45 +417,92 @@ void sparse_queries_kernel(Backward back) {
       const int column = a * 8 + lane_index() % 4 * 2;
       if (column >= c.d) continue;
       const Words2 linear = load_8(back.d_q_linear + row * D + column);
-      store_pair(out, column, acc[a][2 * half] * c.scale + bits_to_float(linear.x[0]),
-                 acc[a][2 * half + 1] * c.scale + bits_to_float(linear.x[1]));
+      // alpha = 0 gives nothing, even where the branch is not finite.
+      float sparse[2];
+      SLA2_UNROLL for (int e = 0; e < 2; ++e) {
+        sparse[e] = scale == 0.0f ? 0.0f : acc[a][2 * half + e] * scale;
+      }
+      store_pair(out, column, sparse[0] + bits_to_float(linear.x[0]),
+                 sparse[1] + bits_to_float(linear.x[1]));
     }
   }
 }
 
 // ---- Keys --------------------------------------------------------------------------------------
 
+/// What the walk over a key block's readers keeps in shared memory: `kCandidates` query blocks are
+/// looked at together, those that read the key block are listed in order.
+constexpr int kWarps = kBackThreads / 32;
+constexpr int kRounds = 8;
+constexpr int kCandidates = kBackThreads * kRounds;
+struct Readers {
+  int list[kCandidates];
+  int counts[kRounds * kWarps];  // 32: one a lane
+};
+static_assert(kRounds * kWarps == 32);
+
 /// The steps of queries that read one key block: head after head of the group, ascending.
 template <int kStep>
 struct QueryWalk {
   const std::uint8_t* reads;  // [group, T, M] at this key block
   std::int64_t head_step;     // T * M
+  Readers* readers;
   int group, M, bq, Nq;
-  int g, base;  // head of the group, first query block that `bits` tells of
-  std::uint32_t bits;
-  int i, first;  // query block, first query of the step
+  int base;         // the first candidate that the list does not cover
+  int at, count;    // of the list
+  int g, i, first;  // head of the group, query block, first query of the step
 
-  /// The next block with a bit; all 32 lanes.
-  SLA2_DEVICE void find() {
-    while (bits == 0) {
-      base += 32;
-      if (base >= M) {
-        base = 0;
-        if (++g >= group) return;
-      }
-      const int at = base + lane_index();
-      bits = ballot(at < M && reads[g * head_step + (at < M ? at : 0)] != 0);
+  /// The next candidates; the whole block of threads.
+  SLA2_DEVICE void list_next() {
+    const int all = group * M;
+    std::uint32_t bits[kRounds];
+    SLA2_UNROLL for (int u = 0; u < kRounds; ++u) {
+      const int n = base + u * kBackThreads + thread_index();
+      const int head = n / M;
+      const bool inside = n < all;
+      bits[u] = ballot(inside && reads[inside ? head * head_step + (n - head * M) : 0] != 0);
     }
-    i = base + count_bits((bits & (0u - bits)) - 1u);
+    block_barrier();  // the list and the counts have been read
+    if (lane_index() == 0) {
+      SLA2_UNROLL for (int u = 0; u < kRounds; ++u) {
+        readers->counts[u * kWarps + warp_index()] = count_bits(bits[u]);
+      }
+    }
+    block_barrier();
+    int sum = readers->counts[lane_index()];  // inclusive, over the lanes
+    SLA2_UNROLL for (int step = 1; step < 32; step *= 2) {
+      const int before = shuffle(sum, max_int(lane_index() - step, 0));
+      if (lane_index() >= step) sum += before;
+    }
+    SLA2_UNROLL for (int u = 0; u < kRounds; ++u) {
+      const int group_at = u * kWarps + warp_index();
+      const int behind = shuffle(sum, group_at);
+      const std::uint32_t own = 1u << lane_index();
+      if ((bits[u] & own) != 0) {
+        const int to = behind - count_bits(bits[u]) + count_bits(bits[u] & (own - 1u));
+        readers->list[to] = base + u * kBackThreads + thread_index();
+      }
+    }
+    count = shuffle(sum, 31);
+    at = 0;
+    base += kCandidates;
+    block_barrier();
+  }
+  SLA2_DEVICE void find() {
+    while (at >= count && base < group * M) list_next();
+    if (at >= count) return;
+    const int n = readers->list[at];
+    g = group == 1 ? 0 : n / M;
+    i = n - g * M;
     first = i * bq;
-    bits &= bits - 1u;
   }
   SLA2_DEVICE void advance() {
     first += kStep;
     if (first < Nq && first < (i + 1) * bq) return;
+    ++at;
     find();
   }
-  [[nodiscard]] SLA2_DEVICE bool done() const { return g >= group; }
+  [[nodiscard]] SLA2_DEVICE bool done() const { return at >= count; }
 };
 
 /// Writes 16 rows of a warp: value(n, e) is the gradient at accumulator e of tile n.
@@ -444,12 +546,14 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
   QueryWalk<S::kStep> first{
       back.reads + first_head * head_step + static_cast<std::int64_t>(j) * c.M,
       head_step,
+      shared_memory<Readers>(S::kStages * S::kStage),
       c.group,
       c.M,
       c.bq,
       c.Nq,
-      -1,
-      c.M,
+      0,
+      0,
+      0,
       0,
       0,
       0};
@@ -458,9 +562,8 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
     Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
     float* rows = shared_memory<float>(static_cast<std::size_t>(stage + 4 * S::kMatrix));
     const std::int64_t from = (first_head + walk.g) * c.M * c.bq + walk.first;
-    copy_tile<kTerms>(tiles, S::kPitch, S::kPlane, back.q, from * D, D, S::kStep, D, S::kStep, D);
-    copy_tile<kTerms>(tiles + S::kMatrix, S::kPitch, S::kPlane, back.d_o, from * D, D, S::kStep, D,
-                      S::kStep, D);
+    copy_rows<kTerms, D>(tiles, back.q, from * D);
+    copy_rows<kTerms, D>(tiles + S::kMatrix, back.d_o, from * D);
     const int t = thread_index();
     if (t < S::kStep / 4) {
       copy_async_16(rows + t * 4, back.lse + from + t * 4, true);
@@ -474,31 +577,34 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
     if (!active) return;
     const Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
     const float* rows = shared_memory<float>(static_cast<std::size_t>(stage + 4 * S::kMatrix));
-    const int h = kv * c.group + walk.g;
     const std::int64_t block = (first_head + walk.g) * c.M + walk.i;
-    const float factor = sparse_factor(back, b, h, walk.i);
+    const float factor = back.alphas[block];
     const float log_m = c.soft ? log2_weight(c.given_logits[block * c.T + j]) : 0.0f;
     const float scale = c.scale * kLog2E;
     // 16 queries at a time: more would not leave registers for dV and dK.
     SLA2_NO_UNROLL for (int first = 0; first < S::kStep; first += 16) {
       const Bf16* q = tiles + first * S::kPitch;
       const Bf16* d_o = q + S::kMatrix;
-      float p[2][4];
-      scores<kTerms, D, 16>(p, ks, q);
+      const float* row_lse = rows + first + lane_index() % 4 * 2;
+      float p[2][4], d_p[2][4];
+      if constexpr (kKeys && S::kHold) {
+        two_scores<kTerms, D>(p, ks, q, d_p, v, d_o);
+      } else {
+        scores<kTerms, D, 16>(p, ks, q);
+      }
       SLA2_UNROLL for (int n = 0; n < 2; ++n) {
         SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-          const int column = first + n * 8 + lane_index() % 4 * 2 + e % 2;
-          p[n][e] = factor * probability(p[n][e] * scale + log_m - rows[column]);
+          const float x = fused(p[n][e], scale, log_m - row_lse[n * 8 + e % 2]);
+          p[n][e] = factor * probability(x);
         }
       }
       if constexpr (kValues) accumulate<kTerms, D, 16>(d_v, p, d_o);
       if constexpr (kKeys) {
-        float d_p[2][4];
-        scores<kTerms, D, 16>(d_p, v, d_o);
+        if constexpr (!S::kHold) scores<kTerms, D, 16>(d_p, v, d_o);
         SLA2_UNROLL for (int n = 0; n < 2; ++n) {
           SLA2_UNROLL for (int e = 0; e < 4; ++e) {
-            const int column = S::kStep + first + n * 8 + lane_index() % 4 * 2 + e % 2;
-            p[n][e] = p[n][e] == 0.0f ? 0.0f : p[n][e] * (d_p[n][e] - rows[column]);
+            const float delta = row_lse[S::kStep + n * 8 + e % 2];
+            p[n][e] = p[n][e] == 0.0f ? 0.0f : p[n][e] * (d_p[n][e] - delta);
           }
         }
         accumulate<kTerms, D, 16>(d_k, p, q);
@@ -556,7 +662,7 @@ void back_sparse_keys(const Backward& back, void* stream) {
     const Call& c = back.call;
     launch(stream, sparse_keys_kernel<kTerms, D>,
            {c.T * back.key_tiles, c.B * c.Hkv, D <= 128 ? 1 : 2}, kBackThreads,
-           S::kStages * S::kStage, back);
+           S::kStages * S::kStage + sizeof(Readers), back);
   });
 }
 

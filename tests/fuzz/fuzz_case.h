@@ -1,0 +1,65 @@
+// One random problem of the public API from one seed: shapes, options, layouts, values, routing.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/problems.h"
+#include "sla2/sla2.h"
+
+namespace sla2::test {
+
+struct Random {
+  std::mt19937_64 generator;
+  template <typename T>
+  T one_of(std::initializer_list<T> values) {
+    return values.begin()[generator() % values.size()];
+  }
+  std::int64_t between(std::int64_t low, std::int64_t high) {
+    return low +
+           static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(high - low + 1));
+  }
+  bool chance(double p) { return std::uniform_real_distribution<double>()(generator) < p; }
+};
+
+/// What the tensors hold, and so what may be asked of the results.
+enum class Values {
+  kNormal,      // moderate, zeros and denormals among them: judged by the error rule
+  kFp16Limits,  // +-65504: finite, the averages within the range of v
+  kTiny,        // down to denormals: the same
+  kConstant,    // rows all equal: the same
+  kHuge,        // up to the type's largest: sums overflow; nothing is written outside
+  kNonFinite,   // NaN, Inf at a few places: the same, and rows that do not read them are unchanged
+};
+
+struct FuzzCase {
+  Problem problem;
+  Layout layout = Layout::kDense;
+  Values values = Values::kNormal;
+  std::vector<std::int64_t> key_lengths;
+  bool given_routing = false;
+  std::int64_t threads = 1;
+
+  [[nodiscard]] std::string text() const;
+};
+
+/// A valid problem.
+[[nodiscard]] FuzzCase random_case(Random& random);
+
+/// The call of a case, its inputs filled. kNonFinite starts as kNormal; see spoil().
+[[nodiscard]] Call make_fuzz_call(const FuzzCase& c, Random& random);
+
+/// Where spoil() put what is not finite.
+struct Spoilt {
+  enum class Where { kQ, kK, kV } where = Where::kQ;
+  std::int64_t batch = 0, head = 0, token = 0;  // head of q, or of k and v
+};
+Spoilt spoil(Call& call, Random& random);
+
+/// Fills the call's blocks (hard) or logits (soft) with a valid routing of random blocks.
+void fill_routing(Call& call, Random& random);
+
+}  // namespace sla2::test
