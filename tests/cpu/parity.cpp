@@ -141,7 +141,11 @@ void expect_forward(Call& call) {
   expect_rows_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32, d);
   if (problem.config.precision == Precision::kInt8 &&
       problem.config.routing == RoutingMode::kHard) {
-    expect_integers_close(call, given, naive.out_sparse, Chunks::kSame);
+    // One chunk on either side (stages/forward_queries.inc, reference/sparse.cpp)?
+    const std::int64_t routed = max_routed_blocks(problem);
+    const bool one_chunk = routed <= 16 && routed * problem.config.block_k <= 1024;
+    expect_integers_close(call, given, naive.out_sparse,
+                          one_chunk ? Chunks::kSame : Chunks::kOther);
   }
 }
 
