@@ -203,7 +203,9 @@ TEST(Suite, ReportsOfAnotherFormAreRefused) {
     EXPECT_THROW(check_report(other), Error) << field;
     other = report;
     other["rows"][0][field] = nlohmann::json::array({nullptr});
-    if (std::string(field) != "shape") EXPECT_THROW(check_report(other), Error) << field;
+    if (std::string(field) != "shape") {
+      EXPECT_THROW(check_report(other), Error) << field;
+    }
   }
 }
 
