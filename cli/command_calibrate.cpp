@@ -31,10 +31,16 @@ class Calibrate final : public Command {
              "fractions of key blocks to train for; the first is "
              "the one saved in sla2.json")
         .above(0, 1);
-    options.add("--schedule", schedule_, "all: every keep at every step; turns: one a step")
+    options
+        .add("--schedule", schedule_,
+             "all: every keep at every step; turns: one a step, the first at every other")
         .one_of({"all", "turns"});
     options.add("--router-lr", settings_.router_lr, "learning rate of the routers").above(0, 1);
     options.add("--alpha-lr", settings_.alpha_lr, "learning rate of alpha").above(0, 1);
+    options
+        .add("--final-lr", settings_.final_lr,
+             "cosine decay of both to this fraction at the last step")
+        .range(0, 1);
     options.add("--held-out", settings_.held_out_samples, "samples of the error table")
         .range(1, 4096);
     options.add("--checkpoint-every", settings_.checkpoint_every, "steps between checkpoints")

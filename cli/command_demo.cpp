@@ -28,7 +28,9 @@ class Demo final : public Command {
         .range(1, 1e9);
     options.add("--stage2-steps", stage2_steps_, "steps of stage 2 (default: the preset's)")
         .range(1, 1e9);
-    options.add("--lr", lr_, "learning rate of stage 2 (default: the preset's)").above(0, 10);
+    options.add("--lr", lr_, "learning rate of SLA2's stage 2 (default: the preset's)")
+        .above(0, 10);
+    options.add("--sla-lr", sla_lr_, "learning rate of SLA (default: the preset's)").above(0, 10);
     options.add("--sampling-steps", sampling_steps_, "steps of the sampler (default: the preset's)")
         .range(1, 1000);
   }
@@ -43,7 +45,8 @@ class Demo final : public Command {
     demo.command = session.command_line;
     if (given.given("--stage1-steps")) demo.stage1_steps = stage1_steps_;
     if (given.given("--stage2-steps")) demo.stage2_steps = stage2_steps_;
-    if (given.given("--lr")) demo.stage2_lr = lr_;
+    if (given.given("--lr")) demo.sla2_lr = lr_;
+    if (given.given("--sla-lr")) demo.sla_lr = sla_lr_;
     if (given.given("--sampling-steps")) demo.sampling_steps = sampling_steps_;
     io::make_output_folder(out_);
     session.save_options(out_);
@@ -55,8 +58,8 @@ class Demo final : public Command {
   std::filesystem::path out_ = "out/demo", model_;
   std::vector<std::filesystem::path> data_;
   std::string preset_ = "small";
-  std::int64_t stage1_steps_ = 40, stage2_steps_ = 60, sampling_steps_ = 12;
-  double lr_ = 1e-4;
+  std::int64_t stage1_steps_ = 30, stage2_steps_ = 40, sampling_steps_ = 12;
+  double lr_ = 3e-5, sla_lr_ = 7e-5;
 };
 
 }  // namespace

@@ -159,6 +159,7 @@ class Evaluate final : public Command {
                    {"versions", video::describe_versions()},
                    {"methods", comparison.methods},
                    {"clips", comparison.clips},
+                   {"sheet", comparison.sheet},
                    {"layers", json::array()},
                    {"losses", json::object()}};
     report["model"] = {

@@ -20,7 +20,8 @@ class Tune final : public Command {
   void declare(Options& options) override {
     auto& train = settings_.train;
     train.steps = 200;
-    train.lr = 1e-4;
+    train.lr = 5e-5;
+    train.final_lr = 0.05;
     train.warmup = 5;
     train.ema_decay = 0;
     train.checkpoint_every = 50;
@@ -33,7 +34,14 @@ class Tune final : public Command {
     options.add("--steps", train.steps, "training steps").range(1, 1e9).no_effect();
     options.add("--batch", settings_.batch, "windows per step").range(1, 65536);
     options.add("--lr", train.lr, "learning rate").above(0, 10);
-    options.add("--attention-lr-scale", settings_.attention_lr_scale, "of alpha and proj_out")
+    options
+        .add("--final-lr", train.final_lr, "cosine decay to this fraction of --lr at the last step")
+        .range(0, 1);
+    options.add("--alpha-lr-scale", settings_.alpha_lr_scale, "learning rate of alpha over --lr")
+        .above(0, 1e6);
+    options
+        .add("--proj-out-lr-scale", settings_.proj_out_lr_scale,
+             "learning rate of SLA's proj_out over --lr")
         .above(0, 1e6);
     options.add("--warmup", train.warmup, "steps of warm-up").range(0, 1e9);
     options.add("--weight-decay", train.weight_decay, "of matrices").range(0, 10);

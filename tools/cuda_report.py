@@ -55,7 +55,7 @@ def is_main(name):
         return arguments[0] != "fp32" and arguments[1] != "256"
     if name.startswith("sums_kernel"):
         return arguments[0] == "false"
-    if name.startswith(("keys_kernel", "reduce_kernel")):
+    if name.startswith(("keys_kernel", "reduce_kernel", "prepare_kernel")):
         return arguments[0] == "Bf16" and arguments[1] != "256"
     return arguments[0] == "1" and arguments[-1] != "256"
 

@@ -1,12 +1,16 @@
 #include "video/calibrate.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <map>
+#include <numbers>
 #include <string>
 
 #include <fmt/format.h>
+#include <fmt/ostream.h>
 
+#include "io/config_json.h"
 #include "io/files.h"
 #include "io/safetensors.h"
 #include "sla2/error.h"
@@ -40,7 +44,7 @@ struct LayerOptimizer {
     if (!value.defined()) return;
     entries.push_back({name, value, torch::zeros_like(value), torch::zeros_like(value), lr});
   }
-  void step() {
+  void step(double lr_scale) {
     const torch::NoGradGuard no_grad;
     ++updates;
     const double correct1 = 1 - std::pow(kBeta1, static_cast<double>(updates));
@@ -51,13 +55,11 @@ struct LayerOptimizer {
       entry.first.mul_(kBeta1).add_(gradient, 1 - kBeta1);
       entry.second.mul_(kBeta2).addcmul_(gradient, gradient, 1 - kBeta2);
       const Tensor scale = (entry.second / correct2).sqrt_().add_(kEps);
-      entry.value.addcdiv_(entry.first, scale, -entry.lr / correct1);
+      entry.value.addcdiv_(entry.first, scale, -entry.lr * lr_scale / correct1);
       gradient.reset();
     }
   }
 };
-
-std::string module_path(std::int64_t layer) { return fmt::format("blocks.{}.attn1", layer); }
 
 /// Takes the observer off the model on every way out.
 class ObserverGuard {
@@ -108,6 +110,8 @@ class Calibration {
   std::int64_t num_keeps() const { return static_cast<std::int64_t>(options_.keeps.size()); }
   Tensor measure_errors(const std::string& task);
   void start_alpha();
+  std::size_t keep_of_step(std::int64_t step) const;
+  double lr_scale(std::int64_t step) const;
   void train_step(std::int64_t step);
   void save(std::int64_t step);
   std::int64_t load();
@@ -141,6 +145,7 @@ Tensor Calibration::measure_errors(const std::string& task) {
       const Tensor out = module->forward(q, k, v);
       wrong[layer][i] += (out - target).to(torch::kFloat64).square().sum().cpu();
     }
+    return target;
   });
   run_.progress.begin(task, options_.held_out_samples);
   for (std::int64_t i = 0; i < options_.held_out_samples; ++i) {
@@ -167,11 +172,15 @@ void Calibration::start_alpha() {
       const Tensor held = routed_mass(mass, sla2::nn::route(q, k, {}, config).blocks).mean(0);
       sum = sum.defined() ? sum + held : held;
     }
+    return Tensor();
   });
+  run_.progress.begin("where alpha starts", options_.alpha_samples);
   for (std::int64_t i = 0; i < options_.alpha_samples; ++i) {
     run_.check_stop("measuring alpha");
     run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamCalibrate, i, 1);
+    run_.progress.update(i + 1);
   }
+  run_.progress.end();
   const auto count = static_cast<double>(options_.alpha_samples * num_keeps());
   for (std::size_t i = 0; i < modules_.size(); ++i) {
     Tensor mean = sums[i] / count;  // [H, M]
@@ -181,28 +190,39 @@ void Calibration::start_alpha() {
   }
 }
 
+std::size_t Calibration::keep_of_step(std::int64_t step) const {
+  if (num_keeps() == 1 || step % 2 == 0) return 0;
+  return static_cast<std::size_t>(1 + step / 2 % (num_keeps() - 1));
+}
+
+double Calibration::lr_scale(std::int64_t step) const {
+  const double done = static_cast<double>(step) / static_cast<double>(options_.steps);
+  return options_.final_lr +
+         (1 - options_.final_lr) * 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, done)));
+}
+
 void Calibration::train_step(std::int64_t step) {
   const torch::NoGradGuard no_grad;
-  const bool turns = options_.schedule == KeepSchedule::kTurns;
+  const std::vector<double> keeps = options_.schedule == KeepSchedule::kTurns
+                                        ? std::vector{options_.keeps[keep_of_step(step)]}
+                                        : options_.keeps;
   Tensor total = torch::zeros({}, torch::TensorOptions(denoiser_.device()));
   std::int64_t terms = 0;
   const ObserverGuard guard(denoiser_.transformer, [&](std::int64_t layer, const Tensor& q,
                                                        const Tensor& k, const Tensor& v) {
     const Tensor target = full_attention(q, k, v);
     const auto index = static_cast<std::size_t>(layer);
-    const std::int64_t first = turns ? step % num_keeps() : 0;
-    const std::int64_t last = turns ? first + 1 : num_keeps();
-    for (std::int64_t i = first; i < last; ++i) {
+    for (const double keep : keeps) {
       const torch::AutoGradMode with_grad(true);
-      modules_[index]->options.config =
-          config_of(start_.config, options_.keeps[static_cast<std::size_t>(i)], RoutingMode::kSoft);
+      modules_[index]->options.config = config_of(start_.config, keep, RoutingMode::kSoft);
       const Tensor out = modules_[index]->forward(q.detach(), k.detach(), v.detach());
       const Tensor loss = torch::mse_loss(out.to(torch::kFloat32), target.to(torch::kFloat32));
       loss.backward();
-      optimizers_[index].step();
+      optimizers_[index].step(lr_scale(step));
       total += loss.detach();
       ++terms;
     }
+    return target;
   });
   // Behind the samples that alpha was measured on.
   const std::int64_t sample = options_.alpha_samples + step * options_.batch;
@@ -235,11 +255,16 @@ std::string Calibration::fingerprint() const {
                         {"batch", options_.batch},
                         {"router_lr", options_.router_lr},
                         {"alpha_lr", options_.alpha_lr},
+                        {"final_lr", options_.final_lr},
                         {"turns", options_.schedule == KeepSchedule::kTurns},
                         {"alpha_samples", options_.alpha_samples},
                         {"held_out_samples", options_.held_out_samples},
-                        {"block_q", start_.config.block_q},
-                        {"block_k", start_.config.block_k},
+                        {"config", io::to_json(start_.config)},
+                        {"tiles", start_.order.kind == TokenOrderKind::kTiles},
+                        {"tile", start_.order.tile},
+                        {"grid", start_.grid},
+                        {"router_per_head", start_.router == sla2::nn::RouterShape::kHead},
+                        {"alpha_per_head", start_.alpha == sla2::nn::AlphaShape::kHead},
                         {"layers", num_layers()},
                         {"seed", run_.seed}}
       .dump();
@@ -251,8 +276,8 @@ void Calibration::save(std::int64_t step) {
   tensors["error_before"] = before_;
   tensors["losses"] = torch::tensor(losses_, torch::kFloat64);
   save_tensors(folder_ / "checkpoint.safetensors", tensors,
-               {{"step", std::to_string(step)},
-                {"updates", std::to_string(optimizers_.front().updates)},
+               {{"updates", std::to_string(optimizers_.front().updates)},
+                {"step", std::to_string(step)},
                 {"options", fingerprint()}});
 }
 
@@ -272,17 +297,35 @@ std::int64_t Calibration::load() {
   }
   std::map<std::string, Tensor> saved = load_tensors(path);
   const torch::NoGradGuard no_grad;
-  const auto take = [&](const std::string& name) {
+  const auto number = [&](const char* key) {
+    const std::string value = text(key);
+    std::int64_t number = -1;
+    const auto [end, error] =
+        std::from_chars(value.data(), value.data() + value.size(), number, 10);
+    if (error != std::errc{} || end != value.data() + value.size() || number < 0) {
+      throw Error(fmt::format("{}: \"{}\" must be a count, got \"{}\"", path.string(), key, value));
+    }
+    return number;
+  };
+  const auto take = [&](const std::string& name, at::IntArrayRef shape) {
     const auto found = saved.find(name);
     if (found == saved.end()) throw Error(fmt::format("{}: no tensor {}", path.string(), name));
+    if (found->second.sizes() != shape) {
+      throw Error(fmt::format("{}: {} must have the shape {}, got {}", path.string(), name,
+                              fmt::streamed(shape), fmt::streamed(found->second.sizes())));
+    }
     return found->second;
   };
-  for (auto& [name, tensor] : checkpoint_tensors()) tensor.copy_(take(name));
-  before_ = take("error_before").clone();
-  const Tensor losses = take("losses").to(torch::kFloat64).contiguous();
+  const std::int64_t step = number("step"), updates = number("updates");
+  const Tensor losses = take("losses", {step}).to(torch::kFloat64).contiguous();
+  const Tensor before = take("error_before", before_.sizes());
+  const auto current = checkpoint_tensors();
+  for (const auto& [name, tensor] : current) take(name, tensor.sizes());
+  for (const auto& [name, tensor] : current) Tensor(tensor).copy_(saved.at(name));
+  before_.copy_(before);
   losses_.assign(losses.data_ptr<double>(), losses.data_ptr<double>() + losses.numel());
-  for (LayerOptimizer& optimizer : optimizers_) optimizer.updates = std::stoll(text("updates"));
-  return std::stoll(text("step"));
+  for (LayerOptimizer& optimizer : optimizers_) optimizer.updates = updates;
+  return step;
 }
 
 CalibrateResult Calibration::run(bool resume) {
@@ -334,7 +377,7 @@ CalibrateResult Calibration::run(bool resume) {
   result.losses = losses_;
   for (std::size_t i = 0; i < losses_.size(); ++i) {
     result.step_keeps.push_back(options_.schedule == KeepSchedule::kTurns
-                                    ? options_.keeps[i % options_.keeps.size()]
+                                    ? options_.keeps[keep_of_step(static_cast<std::int64_t>(i))]
                                     : 0.0);
   }
   return result;
@@ -356,36 +399,13 @@ void validate(const CalibrateOptions& options) {
        options.router_lr);
   need(options.alpha_lr > 0 && options.alpha_lr <= 1, "alpha_lr must be in (0, 1]",
        options.alpha_lr);
+  need(options.final_lr >= 0 && options.final_lr <= 1, "final_lr must be in [0, 1]",
+       options.final_lr);
   need(options.alpha_samples >= 1, "alpha_samples must be at least 1", options.alpha_samples);
   need(options.held_out_samples >= 1, "held_out_samples must be at least 1",
        options.held_out_samples);
   need(options.checkpoint_every >= 1, "checkpoint_every must be at least 1",
        options.checkpoint_every);
-}
-
-Tensor block_attention_mass(const Tensor& q, const Tensor& k, std::int64_t block_q,
-                            std::int64_t block_k) {
-  const torch::NoGradGuard no_grad;
-  const std::int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  const std::int64_t rows = (queries + block_q - 1) / block_q;
-  const std::int64_t columns = (keys + block_k - 1) / block_k;
-  const double scale = 1 / std::sqrt(static_cast<double>(q.size(3)));
-  Tensor mass = torch::empty({batch, heads, rows, columns}, q.options().dtype(torch::kFloat32));
-  const Tensor keys_t = k.to(torch::kFloat32).repeat_interleave(heads / k.size(1), 1);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t begin = row * block_q, end = std::min(queries, begin + block_q);
-    const Tensor scores =
-        torch::matmul(q.slice(2, begin, end).to(torch::kFloat32), keys_t.transpose(2, 3)) * scale;
-    Tensor weights = torch::softmax(scores, -1).mean(2);  // [B, H, keys]
-    weights = torch::constant_pad_nd(weights, {0, columns * block_k - keys});
-    mass.select(2, row).copy_(weights.view({batch, heads, columns, block_k}).sum(-1));
-  }
-  return mass;
-}
-
-Tensor routed_mass(const Tensor& mass, const Tensor& blocks) {
-  const Tensor held = mass.gather(3, blocks.clamp_min(0).to(torch::kInt64));
-  return (held * (blocks >= 0)).sum(-1);
 }
 
 void run_sample(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
@@ -415,45 +435,6 @@ void run_sample(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& f
   const Tensor on_device = level.to(device);
   const Autocast autocast(device, true);
   denoiser.velocity(add_noise(x, noise, on_device), on_device, text.to(device));
-}
-
-std::vector<sla2::nn::Attention> make_attention(const Sla2Weights& weights, const WanConfig& config,
-                                                const torch::Device& device) {
-  const torch::NoGradGuard no_grad;
-  std::vector<sla2::nn::Attention> modules;
-  sla2::nn::AttentionOptions options;
-  options.num_heads = config.num_attention_heads;
-  options.head_dim = config.attention_head_dim;
-  options.seq_len = weights.grid[0] * weights.grid[1] * weights.grid[2];
-  options.config = weights.config;
-  options.router = weights.router;
-  options.alpha = weights.alpha;
-  for (std::int64_t i = 0; i < config.num_layers; ++i) {
-    sla2::nn::Attention module(options);
-    module->to(device);
-    const auto fill = [&](const char* name, Tensor& tensor) {
-      const auto found = weights.tensors.find(module_path(i) + "." + name);
-      if (found != weights.tensors.end()) tensor.copy_(found->second);
-    };
-    fill("proj_q", module->proj_q);
-    fill("proj_k", module->proj_k);
-    fill("alpha_logit", module->alpha_logit);
-    fill("proj_out", module->proj_out);
-    modules.push_back(module);
-  }
-  return modules;
-}
-
-Sla2Weights start_weights(const Denoiser& denoiser, const Config& config, const TokenOrder& order) {
-  Sla2Weights weights;
-  weights.config = config;
-  weights.order = order;
-  const ModelCard& card = denoiser.card;
-  weights.grid = denoiser.transformer->grid(card.frames, card.height, card.width);
-  for (std::int64_t i = 0; i < denoiser.transformer->config().num_layers; ++i) {
-    weights.layers.push_back(module_path(i));
-  }
-  return weights;
 }
 
 nlohmann::json to_json(const std::vector<LayerError>& errors) {

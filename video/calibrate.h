@@ -13,6 +13,7 @@
 #include "video/denoiser.h"
 #include "video/flow.h"
 #include "video/run.h"
+#include "video/start_weights.h"
 #include "video/weights.h"
 
 namespace sla2::video {
@@ -20,15 +21,16 @@ namespace sla2::video {
 /// Which keeps one forward of the model trains for.
 enum class KeepSchedule : std::uint8_t {
   kAll,   ///< every keep, one optimiser step each
-  kTurns  ///< one keep a step, in turns: the work of one
+  kTurns  ///< one keep a step: the first at every other, the others in turns
 };
 
 struct CalibrateOptions {
   std::vector<double> keeps{0.05, 0.04, 0.03};
   std::int64_t steps = 60;
   std::int64_t batch = 1;
-  double router_lr = 2e-3;
-  double alpha_lr = 5e-2;
+  double router_lr = 4e-3;
+  double alpha_lr = 0.3;
+  double final_lr = 0.05;  ///< cosine decay of both to this fraction at the last step; 1: constant
   KeepSchedule schedule = KeepSchedule::kAll;
   std::int64_t alpha_samples = 2;     ///< samples on which the start of alpha is measured
   std::int64_t held_out_samples = 2;  ///< samples of the error table, not trained on
@@ -53,17 +55,11 @@ struct CalibrateResult {
 
 /// Trains from `start`: its config, order, grid, shapes; fresh weights. Method sla has nothing to
 /// train in this stage and returns at once with before == after. Writes checkpoint.safetensors in
-/// `folder`; with `resume` it goes on from there. Throws sla2::Error, Interrupted.
+/// `folder`; with `resume` it goes on from there, if it is there and of the same options (`steps`
+/// may differ). Throws sla2::Error, Interrupted.
 CalibrateResult calibrate(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& start,
                           const CalibrateOptions& options, Run& run,
                           const std::filesystem::path& folder, bool resume);
-
-/// Mean attention mass of each block pair, [B, H, M, T] fp32: softmax over the keys, summed over a
-/// key block, averaged over the query block (Eq. 7). Memory: one group of query blocks at a time.
-torch::Tensor block_attention_mass(const torch::Tensor& q, const torch::Tensor& k,
-                                   std::int64_t block_q, std::int64_t block_k);
-/// Share of it that the routed blocks hold, [B, H, M]; blocks [B, H, M, L], -1 behind the last.
-torch::Tensor routed_mass(const torch::Tensor& mass, const torch::Tensor& blocks);
 
 /// The state at (t, noise) of `count` samples drawn from (seed, stream, index), and its velocity
 /// pass: what stage 1, its error table and the routing map look at. t in [0, 1] fixes the noise
@@ -71,12 +67,6 @@ torch::Tensor routed_mass(const torch::Tensor& mass, const torch::Tensor& blocks
 void run_sample(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
                 std::int64_t seed, std::int64_t stream, std::int64_t index, std::int64_t count,
                 double t = -1);
-
-/// Modules of every layer for these weights, outside any model.
-std::vector<sla2::nn::Attention> make_attention(const Sla2Weights& weights, const WanConfig& config,
-                                                const torch::Device& device);
-/// Start values for a model at its card's size (or the given grid): config, tiles, all layers.
-Sla2Weights start_weights(const Denoiser& denoiser, const Config& config, const TokenOrder& order);
 
 [[nodiscard]] nlohmann::json to_json(const std::vector<LayerError>& errors);
 

@@ -27,16 +27,23 @@ constexpr std::size_t kMaxResultBytes = 1 << 20;
 
 struct VariantResult {
   double val_loss = 0;
-  std::map<std::string, Tensor> videos;  // by clip name, [3, F, H, W]
+  double denoised_db = 0;                // to the reference's, of the same noised clips
+  std::map<std::string, Tensor> videos;  // by video_key, [3, F, H, W]
+  Tensor denoised;                       // of the reference alone
 };
 
 std::string video_file(const ComparedClip& clip, const std::string& variant) {
   return fmt::format("videos/{}_{}.mp4", clip.name, variant);
 }
+std::string video_key(const ComparedClip& clip, std::int64_t number) {
+  return fmt::format("video.{}.{}", number, clip.name);
+}
+constexpr const char* kDenoisedKey = "denoised";
 
 json identity_of(const Variant& variant, const std::vector<ComparedClip>& clips,
                  const CompareOptions& options, const Run& run) {
   json identity = {{"variant", variant.identity},
+                   {"seeds", variant.seeds},
                    {"steps", options.sampler.steps},
                    {"shift", options.sampler.shift},
                    {"guidance", options.sampler.guidance},
@@ -55,13 +62,40 @@ std::optional<VariantResult> read_result(const fs::path& base, const json& ident
   if (!fs::exists(done) || !fs::exists(tensors)) return std::nullopt;
   const json saved = io::parse_json(io::read_file(done, kMaxResultBytes), done.string());
   if (!saved.is_object() || saved.value("identity", json()) != identity) return std::nullopt;
-  return VariantResult{saved.at("val_loss").get<double>(), load_tensors(tensors)};
+  VariantResult result;
+  result.val_loss = saved.at("val_loss").get<double>();
+  result.denoised_db = saved.at("denoised_db").get<double>();
+  result.videos = load_tensors(tensors);
+  if (auto found = result.videos.extract(kDenoisedKey)) result.denoised = found.mapped();
+  return result;
 }
 
-VariantResult make_result(const Variant& variant, const std::vector<ComparedClip>& clips,
-                          const Dataset& dataset, const CompareOptions& options, Run& run,
-                          const fs::path& folder) {
-  const json identity = identity_of(variant, clips, options, run);
+void sample_videos(const Variant& variant, Denoiser& denoiser,
+                   const std::vector<ComparedClip>& clips, const CompareOptions& options, Run& run,
+                   const fs::path& folder, VariantResult& result) {
+  for (const ComparedClip& clip : clips) {
+    for (std::int64_t number = 0; number < variant.seeds; ++number) {
+      GenerateRequest request{.prompt = clip.prompt,
+                              .seed = clip.seed + number,
+                              .sampler = options.sampler,
+                              .source = {},
+                              .text = {},
+                              .negative_text = {}};
+      if (options.sampler.from_t < 1) request.source = clip.source;
+      const Generated made =
+          generate(denoiser, request, run,
+                   fmt::format("{}: {}, seed {}", variant.id, clip.name, request.seed));
+      result.videos[video_key(clip, number)] = made.x.clone();
+      if (number > 0) continue;
+      io::write_mp4(folder / video_file(clip, variant.id), to_frames(made.x, denoiser.card.fps));
+    }
+  }
+}
+
+/// `reference` is null for the reference itself.
+VariantResult make_result(const Variant& variant, const VariantResult* reference, json identity,
+                          const std::vector<ComparedClip>& clips, const Dataset& dataset,
+                          const CompareOptions& options, Run& run, const fs::path& folder) {
   const fs::path base = folder / "samples" / variant.id;
   if (auto saved = read_result(base, identity)) {
     run.progress.note(fmt::format("{}: already sampled", variant.id));
@@ -69,24 +103,22 @@ VariantResult make_result(const Variant& variant, const std::vector<ComparedClip
   }
   VariantResult result;
   Denoiser denoiser = variant.load();
-  result.val_loss =
-      validation_loss(denoiser, dataset, options.flow, options.validation_samples, run);
-  for (const ComparedClip& clip : clips) {
-    GenerateRequest request{.prompt = clip.prompt,
-                            .seed = clip.seed,
-                            .sampler = options.sampler,
-                            .source = {},
-                            .text = {},
-                            .negative_text = {}};
-    if (options.sampler.from_t < 1) request.source = clip.source;
-    const Generated made =
-        generate(denoiser, request, run, fmt::format("{}: {}", variant.id, clip.name));
-    result.videos[clip.name] = made.x.clone();
-    io::write_mp4(folder / video_file(clip, variant.id), to_frames(made.x, denoiser.card.fps));
+  Validation validation =
+      validate_denoiser(denoiser, dataset, options.flow, options.validation_samples,
+                        fmt::format("{}: validation", variant.id), run);
+  result.val_loss = validation.loss;
+  sample_videos(variant, denoiser, clips, options, run, folder, result);
+  std::map<std::string, Tensor> tensors = result.videos;
+  if (reference == nullptr) {
+    result.denoised = tensors[kDenoisedKey] = validation.denoised;
+  } else {
+    result.denoised_db = mean_psnr(validation.denoised, reference->denoised);
   }
-  save_tensors(base.string() + ".safetensors", result.videos);
-  io::write_file(base.string() + ".json",
-                 json{{"identity", identity}, {"val_loss", result.val_loss}}.dump(1));
+  save_tensors(base.string() + ".safetensors", tensors);
+  io::write_file(base.string() + ".json", json{{"identity", std::move(identity)},
+                                               {"val_loss", result.val_loss},
+                                               {"denoised_db", result.denoised_db}}
+                                              .dump(1));
   return result;
 }
 
@@ -130,7 +162,8 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
   if (variants.empty() || clips.empty()) throw Error("nothing to compare: no variant or no clip");
   io::make_output_folder(folder / "videos");
   io::make_output_folder(folder / "samples");
-  Comparison result{json::array(), json::array()};
+  Comparison result{json::array(), json::array(), json::object()};
+  std::vector<std::vector<Tensor>> sheet(clips.size());  // rows of what is shown
   const double fps = variants.front().load().card.fps;
   for (const ComparedClip& clip : clips) {
     const std::string file = video_file(clip, "source");
@@ -139,35 +172,59 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
         {{"name", clip.name},
          {"title", clip.title},
          {"seed", clip.seed},
-         {"videos", {{{"column", "source"}, {"keep", nullptr}, {"file", file}}}}});
+         {"videos", {{{"column", "source"}, {"keep", nullptr}, {"file", file}, {"cell", 0}}}}});
+    sheet[result.clips.size() - 1].push_back(clip.source.to(torch::kCPU, torch::kFloat32));
   }
-  VariantResult reference;
+  std::optional<VariantResult> reference;
+  json reference_identity;
   for (const Variant& variant : variants) {
-    VariantResult made = make_result(variant, clips, dataset, options, run, folder);
-    const bool first = reference.videos.empty();
+    json identity = identity_of(variant, clips, options, run);
+    if (reference) {
+      identity["reference"] = reference_identity;
+    } else {
+      reference_identity = identity;
+    }
+    VariantResult made = make_result(variant, reference ? &*reference : nullptr, identity, clips,
+                                     dataset, options, run, folder);
     double sum = 0;
     for (std::size_t i = 0; i < clips.size(); ++i) {
-      const double ratio =
-          first ? 0 : psnr(made.videos.at(clips[i].name), reference.videos.at(clips[i].name));
-      sum += ratio;
+      const ComparedClip& clip = clips[i];
+      std::vector<double> ratios;
+      for (std::int64_t number = 0; reference && number < variant.seeds; ++number) {
+        const std::string key = video_key(clip, number);
+        ratios.push_back(psnr(made.videos.at(key), reference->videos.at(key)));
+        sum += ratios.back();
+      }
+      if (variant.seeds == 0) continue;
       result.clips[i]["videos"].push_back({{"column", variant.id},
                                            {"method", variant.method},
                                            {"stage", variant.stage},
-                                           {"keep", first ? json() : json(variant.keep)},
-                                           {"file", video_file(clips[i], variant.id)},
-                                           {"psnr_db", first ? json() : json(ratio)}});
+                                           {"keep", reference ? json(variant.keep) : json()},
+                                           {"file", video_file(clip, variant.id)},
+                                           {"cell", std::ssize(sheet[i])},
+                                           {"psnr_db", reference ? json(ratios.front()) : json()}});
+      sheet[i].push_back(made.videos.at(video_key(clip, 0)));
     }
+    const std::int64_t videos = std::ssize(clips) * variant.seeds;
+    const bool compared = reference && videos > 0;
     result.methods.push_back(
         {{"method", variant.method},
          {"keep", variant.keep},
          {"stage", variant.stage},
          {"train_steps", variant.train_steps ? json(*variant.train_steps) : json()},
          {"val_loss", made.val_loss},
-         {"psnr_to_full_db", first ? json() : json(sum / static_cast<double>(clips.size()))},
+         {"psnr_to_full_db", compared ? json(sum / static_cast<double>(videos)) : json()},
+         {"videos", videos},
+         {"psnr_denoised_db", reference ? json(made.denoised_db) : json()},
          {"step_ms", nullptr}});
     if (!variant.note.empty()) result.methods.back()["note"] = variant.note;
-    if (first) reference = std::move(made);
+    if (!reference) reference = std::move(made);
   }
+  result.sheet = {
+      {"file", "videos/sheet.mp4"}, {"columns", sheet.front().size()}, {"rows", sheet.size()}};
+  std::vector<Tensor> rows;
+  for (const auto& row : sheet) rows.push_back(torch::cat(row, 3));
+  io::write_mp4(folder / "videos" / "sheet.mp4", to_frames(torch::cat(rows, 2), fps));
   return result;
 }
 
@@ -206,6 +263,7 @@ json routing_map(Denoiser& denoiser, const Dataset& dataset, std::int64_t clip, 
   const Tensor level = torch::full({1}, t, torch::TensorOptions(device));
   json map = {{"clip", dataset.names()[static_cast<std::size_t>(clip)]}, {"t", t}};
   double best = -1;
+  run.progress.begin("routing map", denoiser.transformer->config().num_layers);
   denoiser.transformer->set_observer(
       [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor&) {
         sla2::nn::Attention module = denoiser.transformer->attention(layer);
@@ -227,11 +285,14 @@ json routing_map(Denoiser& denoiser, const Dataset& dataset, std::int64_t clip, 
           map["start_head"] = by_head.argmax().item<std::int64_t>();
           map["start_block"] = held.size(2) * 5 / 8;
         }
+        run.progress.update(layer + 1);
+        return Tensor();
       });
   const Autocast autocast(device, true);
   denoiser.velocity(add_noise(x, noise, level), level,
                     denoiser.text_of_rows({denoiser.no_caption_row()}));
   denoiser.transformer->set_observer({});
+  run.progress.end();
   const Tensor pixels = window.pixels.contiguous();
   map["frames"] = base64({reinterpret_cast<const std::byte*>(pixels.data_ptr<std::uint8_t>()),
                           static_cast<std::size_t>(pixels.numel())});

@@ -27,6 +27,7 @@ struct Variant {
   std::string note;
   std::function<Denoiser()> load;
   nlohmann::json identity;  // all that its results depend on, beside the clips
+  std::int64_t seeds = 1;   // videos of every clip: seed, seed + 1, ...; the first one is shown
 };
 
 /// One row of videos: a caption and a seed, or a video to start from.
@@ -46,11 +47,16 @@ struct CompareOptions {
 struct Comparison {
   nlohmann::json methods;  // of report.json, without step_ms
   nlohmann::json clips;
+  /// {file, columns, rows}: everything shown in one video, so that it plays in step by itself.
+  nlohmann::json sheet;
 };
 
-/// Samples every clip with every variant (the first one is the reference) and writes
-/// videos/{clip}_{variant}.mp4 in `folder`. A variant whose results lie in `folder` already, made
-/// from the same identity, is read instead. Throws sla2::Error, Interrupted.
+/// Samples every clip with every variant and writes videos/{clip}_{variant}.mp4 and
+/// videos/sheet.mp4 in `folder`. The first variant is the reference, and must have the most seeds:
+/// psnr_to_full_db is the mean over the others' videos, psnr_denoised_db that over the clean
+/// samples that a single pass sees in the validation's noised clips, where no step can add to the
+/// difference of the one before. A variant whose results lie in `folder` already, made from the
+/// same identity, is read instead. Throws sla2::Error, Interrupted.
 Comparison compare(const std::vector<Variant>& variants, const std::vector<ComparedClip>& clips,
                    const Dataset& dataset, const CompareOptions& options, Run& run,
                    const std::filesystem::path& folder);

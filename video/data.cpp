@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <optional>
 #include <thread>
 
@@ -175,6 +176,14 @@ std::unique_ptr<Dataset> open_videos(const std::vector<fs::path>& files, const D
     throw Error(
         ErrorKind::kRuntime,
         fmt::format("none of {} video file(s) can be used; the last one: {}", clips.size(), last));
+  }
+  // The name is the clip's caption and part of what is written about it.
+  std::map<std::string, const Clip*> by_name;
+  for (const Clip& clip : usable) {
+    const auto [other, fresh] = by_name.emplace(clip.name, &clip);
+    if (fresh) continue;
+    throw Error(fmt::format("data must hold every clip name once, got two called {}: {} and {}",
+                            clip.name, other->second->path.string(), clip.path.string()));
   }
   return std::make_unique<VideoDataset>(options, std::move(usable));
 }

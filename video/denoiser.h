@@ -41,8 +41,18 @@ struct Denoiser {
 Denoiser load_denoiser(const std::filesystem::path& model, const torch::Device& device,
                        const std::optional<std::filesystem::path>& sla2 = std::nullopt);
 
-/// Diffusion loss of one batch, a scalar; timesteps, noise and caption dropout are drawn from
-/// (seed, step, micro). Clips whose name is not in the table train without a caption.
+/// The model's view of one batch: timesteps, noise and caption dropout are drawn from (seed, step,
+/// micro). Clips whose name is not in the table go without a caption.
+struct DiffusionPass {
+  torch::Tensor x, noise, t;  // [B, C, F, H, W], the same, [B]
+  torch::Tensor output;       // of the model, [B, C, F, H, W] fp32
+  /// The clean sample that the output stands for.
+  [[nodiscard]] torch::Tensor denoised(Prediction prediction) const;
+};
+DiffusionPass diffusion_pass(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
+                             const FlowOptions& options, std::int64_t seed, std::int64_t step,
+                             std::int64_t micro = 0);
+/// Its flow_loss, a scalar.
 torch::Tensor diffusion_loss(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
                              const FlowOptions& options, std::int64_t seed, std::int64_t step,
                              std::int64_t micro = 0);

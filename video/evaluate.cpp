@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <fstream>
+#include <sys/resource.h>
 #include <sys/utsname.h>
 #include <thread>
 #include <unistd.h>
@@ -53,20 +54,27 @@ std::string first_match(const char* file, const std::string& key) {
 
 }  // namespace
 
-double validation_loss(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
-                       std::int64_t samples, Run& run) {
+Validation validate_denoiser(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
+                             std::int64_t samples, const std::string& task, Run& run) {
   const torch::NoGradGuard no_grad;
   const auto seed = static_cast<std::int64_t>(mix(run.seed, kStreamEvaluate) >> 1);
   FlowOptions options = flow;
   options.caption_dropout = 0;
   double sum = 0;
+  std::vector<Tensor> denoised;
+  run.progress.begin(task, samples);
   for (std::int64_t i = 0; i < samples; ++i) {
     run.check_stop("evaluating");
     const Autocast autocast(denoiser.device(), true);
-    sum += diffusion_loss(denoiser, dataset, dataset.batch(seed, i, 1), options, seed, i)
-               .item<double>();
+    const DiffusionPass pass =
+        diffusion_pass(denoiser, dataset, dataset.batch(seed, i, 1), options, seed, i);
+    sum += flow_loss(pass.output, pass.x, pass.noise, pass.t, options).item<double>();
+    denoised.push_back(pass.denoised(options.prediction).to(torch::kCPU, torch::kFloat32));
+    run.progress.update(i + 1);
   }
-  return sum / static_cast<double>(std::max<std::int64_t>(samples, 1));
+  run.progress.end();
+  return {sum / static_cast<double>(std::max<std::int64_t>(samples, 1)),
+          denoised.empty() ? Tensor() : torch::cat(denoised)};
 }
 
 double psnr(const Tensor& a, const Tensor& b) {
@@ -74,6 +82,12 @@ double psnr(const Tensor& a, const Tensor& b) {
   const double error =
       (a.to(torch::kFloat64) - b.to(torch::kFloat64)).square().mean().item<double>();
   return error <= 0 ? kEqual : std::min(kEqual, 10 * std::log10(kPeak * kPeak / error));
+}
+
+double mean_psnr(const Tensor& a, const Tensor& b) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < a.size(0); ++i) sum += psnr(a[i], b[i]);
+  return sum / static_cast<double>(std::max<std::int64_t>(a.size(0), 1));
 }
 
 std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMethod>& methods,
@@ -122,6 +136,7 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
               }
             });
           }
+          return Tensor();
         });
     denoiser.velocity(x, t, text);
     denoiser.transformer->set_observer({});
@@ -158,6 +173,10 @@ nlohmann::json describe_machine(const torch::Device& device) {
   const double bytes =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   machine["memory_gb"] = std::round(bytes / 1e8) / 10;
+  rusage usage{};
+  if (getrusage(RUSAGE_SELF, &usage) == 0) {
+    machine["peak_rss_mb"] = std::round(static_cast<double>(usage.ru_maxrss) * 1024 / 1e6);
+  }
   try {
     machine["kernels"] = select_implementation(problem, Pass::kForward).name;
   } catch (const Error&) {
@@ -172,7 +191,7 @@ nlohmann::json describe_machine(const torch::Device& device) {
 }
 
 nlohmann::json describe_versions() {
-  return {{"sla2", "0.1.0"},
+  return {{"sla2", SLA2_VERSION},
           {"torch",
            fmt::format("{}.{}.{}", TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH)},
           {"compiler", __VERSION__}};

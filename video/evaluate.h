@@ -16,12 +16,18 @@
 
 namespace sla2::video {
 
-/// Mean diffusion loss over `samples` fixed windows, noises and noise levels (no caption dropout).
-double validation_loss(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
-                       std::int64_t samples, Run& run);
+/// What a model makes of fixed windows, noises and noise levels, without caption dropout.
+struct Validation {
+  double loss = 0;         // mean diffusion loss
+  torch::Tensor denoised;  // [samples, C, F, H, W] fp32, CPU: the clean samples it sees in them
+};
+Validation validate_denoiser(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
+                             std::int64_t samples, const std::string& task, Run& run);
 
 /// Peak signal to noise ratio in dB of two videos in [-1, 1]; 99 for equal ones.
 double psnr(const torch::Tensor& a, const torch::Tensor& b);
+/// Mean of psnr(a[i], b[i]).
+double mean_psnr(const torch::Tensor& a, const torch::Tensor& b);
 
 /// One kind of attention to time.
 struct TimedMethod {
@@ -42,7 +48,8 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
                                    std::int64_t repeats, Run& run);
 [[nodiscard]] nlohmann::json to_json(const std::vector<StepTime>& times);
 
-/// Processor, cores, threads, memory, GPU, chosen kernels; and versions of what computed.
+/// Processor, cores, threads, memory, this process's peak so far, GPU, chosen kernels; and versions
+/// of what computed.
 [[nodiscard]] nlohmann::json describe_machine(const torch::Device& device);
 [[nodiscard]] nlohmann::json describe_versions();
 

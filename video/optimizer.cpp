@@ -22,7 +22,7 @@ Optimizer::Optimizer(const std::vector<TrainedParameter>& parameters, const Trai
     mean_.push_back(torch::zeros_like(value).detach());
     square_.push_back(torch::zeros_like(value).detach());
     if (options_.ema_decay > 0) average_.push_back(value.detach().clone());
-    const double decay = value.dim() >= 2 ? options_.weight_decay : 0.0;
+    const double decay = parameter.decays && value.dim() >= 2 ? options_.weight_decay : 0.0;
     auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Group& g) {
       return g.lr_scale == parameter.lr_scale && g.weight_decay == decay;
     });

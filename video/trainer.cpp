@@ -45,7 +45,9 @@ std::vector<TrainedParameter> trained_parameters(const torch::nn::Module& module
                                                  const std::string& prefix) {
   std::vector<TrainedParameter> parameters;
   for (const auto& item : module.named_parameters()) {
-    if (item.value().requires_grad()) parameters.push_back({prefix + item.key(), item.value()});
+    if (!item.value().requires_grad()) continue;
+    // Tables are no matrices, whatever their shape.
+    parameters.push_back({prefix + item.key(), item.value(), 1.0, item.key().ends_with("weight")});
   }
   return parameters;
 }

@@ -23,7 +23,7 @@ struct TrainOptions {
   std::int64_t warmup = 100;  ///< steps of linear warm-up
   double final_lr = 1.0;      ///< cosine decay to this fraction of lr at the last step; 1: constant
   double beta1 = 0.9, beta2 = 0.99;
-  double weight_decay = 0.01;     ///< of parameters with two or more dimensions
+  double weight_decay = 0.01;     ///< of matrices: TrainedParameter::decays
   double clip_norm = 1.0;         ///< 0: no clipping
   double ema_decay = 0.999;       ///< 0: no average; ramps up as (1 + step) / (10 + step)
   std::int64_t accumulation = 1;  ///< losses averaged per step
@@ -38,6 +38,7 @@ struct TrainedParameter {
   std::string name;
   torch::Tensor value;    // a leaf that requires grad
   double lr_scale = 1.0;  // times TrainOptions::lr
+  bool decays = false;    // weight decay: matrices alone
 };
 
 /// All parameters of a module that require grad, by name.

@@ -9,12 +9,16 @@
 
 namespace sla2::video {
 
-std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, double attention_lr_scale) {
+namespace {
+
+/// What stage 2 trains: the transformer without its routers, and each layer's alpha_logit or
+/// proj_out. Sets requires_grad accordingly.
+std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, const TuneOptions& options) {
   std::vector<TrainedParameter> parameters;
   for (auto& item : model->named_parameters()) {
     if (item.key().find(".sla2.") != std::string::npos) continue;
     item.value().set_requires_grad(true);
-    parameters.push_back({item.key(), item.value()});
+    parameters.push_back({item.key(), item.value(), 1.0, item.key().ends_with("weight")});
   }
   for (std::int64_t layer = 0; layer < model->config().num_layers; ++layer) {
     sla2::nn::Attention module = model->attention(layer);
@@ -22,35 +26,36 @@ std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, double att
     for (torch::Tensor* router : {&module->proj_q, &module->proj_k}) {
       if (router->defined()) router->set_requires_grad(false);
     }
-    const auto train = [&](const char* name, torch::Tensor& tensor) {
+    const auto train = [&](const char* name, torch::Tensor& tensor, double lr_scale) {
       if (!tensor.defined()) return;
       tensor.set_requires_grad(true);
-      parameters.push_back(
-          {fmt::format("blocks.{}.attn1.{}", layer, name), tensor, attention_lr_scale});
+      parameters.push_back({fmt::format("blocks.{}.attn1.{}", layer, name), tensor, lr_scale});
     };
-    train("alpha_logit", module->alpha_logit);
-    train("proj_out", module->proj_out);
+    train("alpha_logit", module->alpha_logit, options.alpha_lr_scale);
+    train("proj_out", module->proj_out, options.proj_out_lr_scale);
   }
   return parameters;
 }
+
+}  // namespace
 
 TuneResult tune(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& weights,
                 const TuneOptions& options, Run& run, const std::filesystem::path& folder,
                 const nlohmann::json& config, bool resume, const std::string& task) {
   if (options.batch < 1)
     throw Error(fmt::format("batch must be at least 1, got {}", options.batch));
-  if (!(options.attention_lr_scale > 0)) {
-    throw Error(
-        fmt::format("attention_lr_scale must be above 0, got {}", options.attention_lr_scale));
-  }
+  const auto need_scale = [](const char* name, double value) {
+    if (!(value > 0)) throw Error(fmt::format("{} must be above 0, got {}", name, value));
+  };
+  need_scale("alpha_lr_scale", options.alpha_lr_scale);
+  need_scale("proj_out_lr_scale", options.proj_out_lr_scale);
   if (weights.config.routing != RoutingMode::kHard) {
     throw Error("routing must be \"hard\" in stage 2, got \"soft\"");
   }
   io::make_output_folder(folder);
   apply_sla2(denoiser.transformer, weights);
   denoiser.transformer->train();
-  Trainer trainer(tuned_parameters(denoiser.transformer, options.attention_lr_scale), options.train,
-                  folder, config);
+  Trainer trainer(tuned_parameters(denoiser.transformer, options), options.train, folder, config);
   if (resume && std::filesystem::exists(trainer.checkpoint_path())) trainer.resume();
   BatchLoader loader(dataset, {.seed = run.seed,
                                .batch = options.batch,

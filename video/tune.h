@@ -20,7 +20,8 @@ namespace sla2::video {
 struct TuneOptions {
   TrainOptions train;
   std::int64_t batch = 2;
-  double attention_lr_scale = 10;  ///< of alpha_logit and proj_out, times train.lr
+  double alpha_lr_scale = 300;    ///< learning rate of alpha_logit, in units of train.lr
+  double proj_out_lr_scale = 10;  ///< of proj_out (method sla)
   FlowOptions flow;
 };
 
@@ -34,9 +35,5 @@ struct TuneResult {
 TuneResult tune(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& weights,
                 const TuneOptions& options, Run& run, const std::filesystem::path& folder,
                 const nlohmann::json& config, bool resume, const std::string& task = "stage 2");
-
-/// What stage 2 trains: the transformer without its routers, and each layer's alpha_logit or
-/// proj_out. Sets requires_grad accordingly.
-std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, double attention_lr_scale);
 
 }  // namespace sla2::video

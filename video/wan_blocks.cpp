@@ -112,9 +112,15 @@ torch::Tensor WanAttentionImpl::self_attention(const torch::Tensor& x, const tor
   };
   const torch::Tensor q = rotated(norm_q_(to_q_(x)));
   const torch::Tensor k = rotated(norm_k_(to_k_(x)));
-  if (watch.observer != nullptr && *watch.observer) (*watch.observer)(watch.layer, q, k, v);
-  return project_out(sparse_.is_empty() ? at::scaled_dot_product_attention(q, k, v)
-                                        : sparse_->forward(q, k, v));
+  torch::Tensor heads;
+  if (watch.observer != nullptr && *watch.observer) {
+    heads = (*watch.observer)(watch.layer, q, k, v);
+  }
+  if (!heads.defined()) {
+    heads =
+        sparse_.is_empty() ? at::scaled_dot_product_attention(q, k, v) : sparse_->forward(q, k, v);
+  }
+  return project_out(heads);
 }
 
 torch::Tensor WanAttentionImpl::cross_attention(const torch::Tensor& x, const torch::Tensor& text) {

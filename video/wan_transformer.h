@@ -34,9 +34,11 @@ struct WanConfig {
 };
 
 /// Sees q, k, v [B, H, N, D] (after norm and rotary embedding, in token order) of one layer's
-/// self-attention, before it runs; stage 1 trains each layer inside it.
-using SelfAttentionObserver = std::function<void(std::int64_t layer, const torch::Tensor& q,
-                                                 const torch::Tensor& k, const torch::Tensor& v)>;
+/// self-attention, before it runs; stage 1 trains each layer inside it. What it returns, if
+/// defined, is taken for the layer's attention [B, H, N, D]: who computed it need not see it
+/// computed again.
+using SelfAttentionObserver = std::function<torch::Tensor(
+    std::int64_t layer, const torch::Tensor& q, const torch::Tensor& k, const torch::Tensor& v)>;
 
 class WanTransformerImpl : public torch::nn::Module {
  public:

@@ -76,7 +76,8 @@ struct Context {
   std::span<std::byte>
       workspace;           // at least workspace_bytes(...), aligned to 64 bytes; contents undefined
   void* stream = nullptr;  // cudaStream_t for Device::kCuda
-  /// Device::kCuda: called after each launch with its stage's name, for benchmarks; null: nobody.
+  /// Called after each stage (Device::kCuda: each launch) with its name, for benchmarks; null:
+  /// nobody.
   const std::function<void(const char* stage)>* after_stage = nullptr;
 };
 

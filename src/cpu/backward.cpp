@@ -1,102 +1,137 @@
 // Alg. 3, corrected: one key/value head after the other, its query heads in turn, every stage on
 // all threads. Parameter gradients are summed over heads in the order of this loop.
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
+#include "cpu/back.h"
 #include "cpu/plan.h"
 
 namespace sla2::cpu {
 namespace {
 
-/// Which query blocks read key block j, ascending.
+// What is in flight: P^T and dS^T of the routed pairs of a batch of query blocks, of at most so
+// many keys at once (a round). 16 MiB in bf16.
+constexpr std::int64_t kBatchQueries = 4096;
+constexpr std::int64_t kRoundKeys = 1024;
+
+std::int64_t batch_blocks(const Job& job) {
+  return std::min(job.q_blocks, std::max<std::int64_t>(1, kBatchQueries / job.block_q));
+}
+std::int64_t num_places(const Job& job) { return job.soft ? job.k_blocks : job.width; }
+/// Rounds of about equal size.
+std::int64_t round_places(const Job& job) {
+  const std::int64_t most = kRoundKeys / job.block_k;
+  const std::int64_t rounds = (num_places(job) + most - 1) / most;
+  return (num_places(job) + rounds - 1) / rounds;
+}
+
+/// Query block and place of the pairs of each key block, query blocks ascending. Soft routing has
+/// every place at its own key block and needs none of it.
 void invert_routing(Call& call) {
   const Job& job = call.job;
-  const std::int64_t T = job.k_blocks;
+  if (job.soft) return;
   std::int64_t* begin = call.own.readers_begin;
   const auto for_each = [&](auto visit) {
     for (std::int64_t i = 0; i < job.q_blocks; ++i) {
-      if (job.soft) {
-        for (std::int64_t j = 0; j < T; ++j) {
-          if (job.log_m[i * T + j] != -std::numeric_limits<float>::infinity()) visit(i, j);
-        }
-      } else {
-        const std::int32_t* row = job.blocks + i * job.width;
-        for (std::int64_t c = 0; c < job.width && row[c] >= 0; ++c) visit(i, std::int64_t{row[c]});
-      }
+      const std::int32_t* row = job.blocks + i * job.width;
+      for (std::int64_t c = 0; c < job.width && row[c] >= 0; ++c) visit(i, c, row[c]);
     }
   };
-  std::fill_n(begin, T + 1, 0);
-  for_each([&](std::int64_t, std::int64_t j) { ++begin[j + 1]; });
-  for (std::int64_t j = 0; j < T; ++j) begin[j + 1] += begin[j];
-  for_each([&](std::int64_t i, std::int64_t j) {
-    call.own.readers[begin[j]++] = static_cast<std::int32_t>(i);
+  std::fill_n(begin, job.k_blocks + 1, 0);
+  for_each([&](std::int64_t, std::int64_t, std::int64_t j) { ++begin[j + 1]; });
+  for (std::int64_t j = 0; j < job.k_blocks; ++j) begin[j + 1] += begin[j];
+  for_each([&](std::int64_t i, std::int64_t c, std::int64_t j) {
+    std::int32_t* pair = call.own.readers + 2 * begin[j]++;
+    pair[0] = static_cast<std::int32_t>(i);
+    pair[1] = static_cast<std::int32_t>(c);
   });
-  for (std::int64_t j = T; j > 0; --j) begin[j] = begin[j - 1];  // the fill moved every begin on
+  for (std::int64_t j = job.k_blocks; j > 0; --j) begin[j] = begin[j - 1];  // the fill moved it on
   begin[0] = 0;
-}
-
-FloatRows float_rows(const Rows& rows, const float* copy, std::int64_t width) {
-  return copy != nullptr ? FloatRows{copy, width}
-                         : FloatRows{static_cast<const float*>(rows.data), rows.stride};
 }
 
 void select_saved(Call& call, const Saved& saved, const ConstView& d_out,
                   const Gradients& gradients, std::int64_t b, std::int64_t h) {
-  Job& job = call.job;
+  Back& back = call.back;
   select_queries(call, b, h);
-  job.d_out = rows_of(d_out, b, h);
-  job.saved_sparse = rows_of(saved.out_sparse, b, h);
-  job.saved_linear = rows_of(saved.out_linear, b, h);
-  job.lse_in = saved.lse + (b * call.problem.num_heads + h) * call.problem.q_tokens;
-  job.d_q_out = rows_of(gradients.d_q, b, h);
-  job.q_f = float_rows(job.q, job.q_copy, job.d);
-  job.d_out_f = float_rows(job.d_out, job.d_out_copy, job.dv);
-  job.d_linear = job.is_sla ? FloatRows{job.d_linear_out, job.dv} : job.d_out_f;
+  back.d_out = rows_of(d_out, b, h);
+  back.saved_sparse = rows_of(saved.out_sparse, b, h);
+  back.saved_linear = rows_of(saved.out_linear, b, h);
+  back.lse = saved.lse + (b * call.problem.num_heads + h) * call.problem.q_tokens;
+  back.d_q_out = rows_of(gradients.d_q, b, h);
 }
 
-/// All of one query head: adds to d_ks, d_keys, d_v and to the parameter gradients.
+/// Where dK or dV of the current key/value head are summed.
+FloatSums sums_of(const MutableRows& out, DType dtype, float* copy, std::int64_t width) {
+  if (out.data == nullptr) return {nullptr, 0};
+  return dtype == DType::kF32 ? FloatSums{static_cast<float*>(out.data), out.stride}
+                              : FloatSums{copy, width};
+}
+
+bool wants_keys(const Back& back) { return back.d_k.data != nullptr || back.d_v.data != nullptr; }
+
+/// Every routed pair once: with its query block, then with its key block.
+void back_pairs(Call& call) {
+  Back& back = call.back;
+  const Job& job = call.job;
+  const std::int64_t places = num_places(job);
+  back.round_places = round_places(job);
+  for (std::int64_t i = 0; i < job.q_blocks; i += batch_blocks(job)) {
+    back.batch_begin = i;
+    back.batch_end = std::min(job.q_blocks, i + batch_blocks(job));
+    for (std::int64_t c = 0; c < places; c += back.round_places) {
+      back.round_begin = c;
+      back.round_end = std::min(places, c + back.round_places);
+      back.is_first_round = c == 0;
+      back.is_last_round = back.round_end == places;
+      run(call, call.kernels.back.query_pairs, back.batch_end - i);
+      if (wants_keys(back)) run(call, call.kernels.back.key_pairs, job.k_blocks);
+    }
+  }
+}
+
+/// All of one query head: adds to d_k, d_v and to the parameter gradients.
 void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool learns_router,
                std::int64_t b, std::int64_t h) {
-  Job& job = call.job;
-  const Kernels& kernels = call.kernels;
+  const Job& job = call.job;
+  Back& back = call.back;
+  const BackStages& kernels = call.kernels.back;
   const std::int64_t M = job.q_blocks;
   const std::int64_t row = (b * call.problem.num_heads + h) * M;
   if (job.soft) std::copy_n(saved.routing.logits + row * call.T, M * call.T, call.own.logits);
   if (learns_router) score(call, h);
   weigh(call, h, job.soft ? nullptr : saved.routing.blocks + row * call.L, call.own.logits);
   invert_routing(call);
-  job.readers = call.own.readers;
-  job.readers_begin = call.own.readers_begin;
+  back.needs_pairs = learns_router || wants_keys(back) || back.d_q_out.data != nullptr;
 
-  run(call, kernels.prepare_queries, M);
-  run(call, kernels.sum_blocks, num_panel_groups(call.problem));
-  run(call, kernels.back_queries, M);
-  run(call, kernels.back_sparse_keys, job.k_blocks);
-  run(call, kernels.back_sum_blocks, num_panel_groups(call.problem));
-  run(call, kernels.back_linear_keys, job.k_blocks);
-
+  run(call, kernels.weigh, (M + kBlockTile - 1) / kBlockTile);
+  run(call, kernels.sum_key_blocks, num_panel_groups(call.problem));
+  back_pairs(call);
+  if (learns_router) {
+    if (job.scope_all) {
+      std::fill_n(back.l, M * job.k_blocks, 0.0F);
+    } else {
+      run(call, kernels.block_products, (job.k_blocks + kPanel - 1) / kPanel);
+    }
+  }
+  if (wants_keys(back)) {
+    run(call, kernels.sum_query_blocks, num_panel_groups(call.problem));
+    run(call, kernels.linear_keys, job.k_blocks);
+  }
   if (gradients.d_alpha_logit != nullptr) {
     const std::int64_t columns = call.problem.alpha_blocks;
     float* d_alpha = gradients.d_alpha_logit + h * columns;
-    for (std::int64_t i = 0; i < M; ++i) d_alpha[columns == 1 ? 0 : i] += job.d_alpha[i];
+    for (std::int64_t i = 0; i < M; ++i) d_alpha[columns == 1 ? 0 : i] += back.d_alpha[i];
   }
   if (gradients.d_proj_out != nullptr) {
     call.executor.parallel_for(job.dv / 16, [&](std::int64_t a, std::int64_t) {
-      kernels.gemm(16, job.dv, job.num_queries, job.linear_copy + a * 16, 1, job.dv,
-                   job.d_out_f.data, job.d_out_f.stride, gradients.d_proj_out + a * 16 * job.dv,
-                   job.dv, true);
+      call.kernels.gemm(16, job.dv, job.num_queries, back.linear_copy + a * 16, 1, job.dv,
+                        back.d_out_copy, job.dv, gradients.d_proj_out + a * 16 * job.dv, job.dv,
+                        true);
     });
   }
-  if (learns_router) {
-    if (job.scope_all) {
-      std::fill_n(job.l, M * job.k_blocks, 0.0F);
-    } else {
-      run(call, kernels.back_block_products, (M + kBlockTile - 1) / kBlockTile);
-    }
-    back_router(call, h, gradients.d_proj_q, gradients.d_proj_k);
-  }
+  if (learns_router) back_router(call, h, gradients.d_proj_q, gradients.d_proj_k);
 }
 
 void zero_rows(const View& view, std::int64_t b, std::int64_t h, std::int64_t first) {
@@ -111,16 +146,15 @@ void zero_rows(const View& view, std::int64_t b, std::int64_t h, std::int64_t fi
 
 /// dK and dV of the current key/value head in the caller's type.
 void write_keys(Call& call, const Gradients& gradients, std::int64_t b, std::int64_t kv) {
-  Job& job = call.job;
+  const Job& job = call.job;
+  Back& back = call.back;
   for (std::int64_t c = 0; c < job.d; ++c) {
     double sum = 0;
-    for (std::int64_t j = 0; j < job.k_blocks; ++j) sum += job.d_keys_sums[j * job.d + c];
-    job.d_keys_mean[c] =
+    for (std::int64_t j = 0; j < job.k_blocks; ++j) sum += back.d_keys_sums[j * job.d + c];
+    back.d_keys_mean[c] =
         job.raw_keys ? 0.0F : static_cast<float>(sum / static_cast<double>(job.num_keys));
   }
-  job.d_k_out = rows_of(gradients.d_k, b, kv);
-  job.d_v_out = rows_of(gradients.d_v, b, kv);
-  run(call, call.kernels.write_keys, job.k_blocks);
+  run(call, call.kernels.back.write_keys, job.k_blocks);
   zero_rows(gradients.d_k, b, kv, job.num_keys);
   zero_rows(gradients.d_v, b, kv, job.num_keys);
 }
@@ -141,6 +175,8 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
               const Gradients& gradients, const Context& context, const Kernels& kernels) {
   Call call = make_call(problem, inputs, context, Pass::kBackward, kernels);
   Job& job = call.job;
+  Back& back = call.back;
+  job.back = &back;
   const std::int64_t dv = job.dv;
   zero_parameters(problem, gradients);
   if (job.is_sla && job.proj_out != nullptr) {
@@ -149,7 +185,7 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
         call.own.proj_out_t[c * dv + a] = job.proj_out[a * dv + c];
       }
     }
-    job.proj_out_t = call.own.proj_out_t;
+    back.proj_out_t = call.own.proj_out_t;
   }
   // A given routing does not depend on the router.
   const bool learns_router = job.soft && !job.is_sla && inputs.routing.logits == nullptr &&
@@ -158,17 +194,96 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
   for (std::int64_t b = 0; b < problem.batch; ++b) {
     for (std::int64_t kv = 0; kv < problem.num_kv_heads; ++kv) {
       select_keys(call, b, kv);
-      run(call, kernels.sum_keys, job.k_blocks);
+      back.d_k_out = rows_of(gradients.d_k, b, kv);
+      back.d_v_out = rows_of(gradients.d_v, b, kv);
+      back.d_k = sums_of(back.d_k_out, problem.dtype, call.own.d_k, job.d);
+      back.d_v = sums_of(back.d_v_out, problem.dtype, call.own.d_v, job.dv);
       std::copy_n(saved.k_mean + (b * problem.num_kv_heads + kv) * job.d, job.d, job.k_mean);
-      run(call, kernels.pack_keys_back, job.k_blocks);
+      if (learns_router) {
+        run(call, kernels.sum_keys, job.k_blocks);
+        run(call, kernels.pool_keys, job.k_blocks);
+      }
+      run(call, kernels.back.pack_keys, job.k_blocks);
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        job.first_in_group = h == kv * group;
         select_saved(call, saved, d_out, gradients, b, h);
         back_head(call, saved, gradients, learns_router, b, h);
       }
-      write_keys(call, gradients, b, kv);
+      if (wants_keys(back)) write_keys(call, gradients, b, kv);
     }
   }
+}
+
+std::int64_t back_scratch_bytes(const Problem& p) {
+  const std::int64_t d = p.head_dim, dv = p.value_dim;
+  const std::int64_t bq = p.config.block_q, bk = p.config.block_k;
+  const std::int64_t blocks = std::max(num_q_blocks(p), num_k_blocks(p, p.k_tokens));
+  const std::int64_t pack = bk * (3 * d + 2 * dv) + d * dv;
+  const std::int64_t linear_keys = bk * (5 * d + dv) + d * dv;
+  const std::int64_t linear_queries = bq * (4 * d + 5 * dv + std::max(d, dv) + 3) + d * dv + 2 * dv;
+  const std::int64_t pairs = 3 * bk * kPanel + bq * (d + 3);
+  const std::int64_t sums = 256 * kPanel + (blocks + 34) * kPanel;
+  const std::int64_t products = 3 * kPanel * kPanel;
+  const std::int64_t pieces = 16;  // each rounded up to 64 bytes
+  const std::int64_t floats =
+      std::max({pack, linear_keys, linear_queries + pairs, sums, products}) + pieces * 16;
+  return (floats * 4 + 63) / 64 * 64;
+}
+
+void lay_out_backward(const Problem& p, Arena& arena, const Job& job, Back& back,
+                      DriverBuffers& own) {
+  const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
+  const std::int64_t bq = job.block_q, bk = job.block_k, keys = T * bk;
+  const auto elements = [&](std::int64_t n) {
+    return arena.take<std::byte>(n * (back.is16 ? 2 : 4));
+  };
+  back.matched = p.config.backward == BackwardMode::kMatched;
+  back.padded_q_blocks = (M + kBlockTile - 1) / kBlockTile * kBlockTile;
+  back.padded_k_blocks = (T + kBlockTile - 1) / kBlockTile * kBlockTile;
+  back.ks_rows = elements(keys * d);
+  back.ks_columns = elements(keys * d);
+  back.v_rows = elements(keys * dv);
+  back.h = elements(T * d * dv);
+  back.z = arena.take<float>(T * d);
+  back.d_keys_sums = arena.take<float>(T * d);
+  back.d_keys_mean = arena.take<float>(d);
+  if (p.dtype != DType::kF32) {
+    own.d_k = arena.take<float>(keys * d);
+    own.d_v = arena.take<float>(keys * dv);
+  }
+  back.rest_rows = elements(M * back.padded_k_blocks);
+  back.rest_columns = elements(T * back.padded_q_blocks);
+  back.sums = elements(M * d * dv);
+  back.sums_z = arena.take<float>(M * d);
+  back.d_sums = elements(M * d * dv);
+  back.d_sums_z = arena.take<float>(M * d);
+  back.d_z = arena.take<float>(T * d);
+  back.d_alpha = arena.take<float>(M);
+  if (job.is_sla) {
+    back.linear_copy = arena.take<float>(job.num_queries * dv);
+    back.d_out_copy = arena.take<float>(job.num_queries * dv);
+    own.proj_out_t = arena.take<float>(dv * dv);
+  }
+  const std::int64_t batch = batch_blocks(job);
+  const std::int64_t pairs = batch * round_places(job) * 2 * bk * bq;
+  back.pairs = back.d_h = elements(std::max(pairs, T * d * dv));
+  back.q_columns = elements(batch * bq * d);
+  back.q_packed = elements(batch * bq * d);
+  back.d_out_columns = elements(batch * bq * dv);
+  back.d_out_packed = elements(batch * bq * dv);
+  back.row_lse = arena.take<float>(batch * bq);
+  back.row_delta = arena.take<float>(batch * bq);
+  back.d_q_columns = arena.take<float>(batch * bq * d);
+  own.readers_begin = arena.take<std::int64_t>(T + 1);
+  if (job.soft) {
+    back.u = arena.take<float>(M * T);
+    back.l = arena.take<float>(M * T);
+    own.d_scores = arena.take<float>(M * ((T + 15) / 16 * 16));
+    own.router_rows = arena.take<float>(std::max(M, T) * d);
+  } else {
+    own.readers = arena.take<std::int32_t>(M * job.width * 2);
+  }
+  back.readers = own.readers;
+  back.readers_begin = own.readers_begin;
 }
 
 }  // namespace sla2::cpu

@@ -95,8 +95,9 @@ template <typename Isa>
 std::size_t workspace_bytes(const Problem& problem, Pass pass, std::int64_t num_threads) {
   Arena arena(nullptr);
   Job job;
+  Back back;
   DriverBuffers own;
-  lay_out(problem, pass, num_threads, arena, job, own);
+  lay_out(problem, pass, num_threads, Isa::kernels(), arena, job, back, own);
   return arena.used();
 }
 

@@ -36,6 +36,9 @@ void route_head(Call& call, const Outputs& outputs, std::int64_t b, std::int64_t
 
 void forward(const Problem& problem, const Inputs& inputs, const Outputs& outputs,
              const Context& context, const Kernels& kernels) {
+  const auto done = [&context](const char* stage) {
+    if (context.after_stage != nullptr) (*context.after_stage)(stage);
+  };
   Call call = make_call(problem, inputs, context, Pass::kForward, kernels);
   Job& job = call.job;
   const std::int64_t group = problem.num_heads / problem.num_kv_heads;
@@ -43,16 +46,22 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
     for (std::int64_t kv = 0; kv < problem.num_kv_heads; ++kv) {
       select_keys(call, b, kv);
       smooth(call);
+      done("smooth");
       if (outputs.k_mean != nullptr) {
         std::copy_n(job.k_mean, job.d,
                     outputs.k_mean + (b * problem.num_kv_heads + kv) * problem.head_dim);
       }
       run(call, kernels.pack_keys,
           job.linear16 ? padded_blocks(job.k_blocks) / 2 : (job.k_blocks + 1) / 2);
+      done("pack_keys");
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         select_queries(call, b, h);
         route_head(call, outputs, b, h);
-        run(call, kernels.sum_forward, num_panel_groups(problem));
+        done("route");
+        run(call, kernels.sum_z, (job.q_blocks + kSumRows - 1) / kSumRows);
+        run(call, kernels.sum_forward,
+            num_panel_groups(problem) - 1);  // without the backward's z_j
+        done("sum_blocks");
         job.out = rows_of(outputs.out, b, h);
         job.out_sparse = rows_of(outputs.out_sparse, b, h);
         job.out_linear = rows_of(outputs.out_linear, b, h);
@@ -60,6 +69,7 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
                       ? nullptr
                       : outputs.lse + (b * problem.num_heads + h) * problem.q_tokens;
         run(call, kernels.query_block, job.q_blocks);
+        done("query_blocks");
       }
     }
   }

@@ -22,11 +22,6 @@ struct MutableRows {
   void* data;  // null: not wanted
   std::int64_t stride;
 };
-/// The same in fp32, in the caller's tensor (fp32) or in the workspace (16-bit types).
-struct FloatRows {
-  const float* data;
-  std::int64_t stride;
-};
 
 /// One query head and its key/value head. Pointers without a caller live in the workspace.
 struct Job {
@@ -50,22 +45,19 @@ struct Job {
   // ---- of the key/value head
   float* k_block_sums;  // [T, d]
   float* k_mean;        // [d]
-  float* v_amax;        // [T, dv], int8
+  float* v_amax;        // [T, dv], linear16
+  float* v_factor;      // [dv], int8: 127/amax of the head, 0 without a finite one
   float* pooled_k;      // [T, d] kb_j
-  float* h;             // backward: [d*dv/64, T, 64] h_j in panels of 64 columns, then [T, d] z_j
-  float* ks_t;          // backward: [T, d, bk] Ks_j transposed, 0 behind the length
-  float* ks;            // backward: [T, bk, d]
-  float* v_rows;        // backward: [T, bk, dv]
-  float* v_t;           // backward: [T, dv, bk]
   // Forward: packed right operands (stages/products.inc) in the arithmetic's format.
-  void* keys;         // [T, d, bk] Ks_j transposed; int8: key_offset added
-  void* values;       // [T, bk, dv]
-  float* k_scale;     // [T], int8
-  float* v_scale;     // [dv], int8
-  void* h_packed;     // d*dv/64 panels [T, 64] of h_j (bf16: T rounded up), see store_h
-  float* z;           // [T, d] z_j, packed
-  float* sum_z;       // [M, d] Z_i
-  void* sums_packed;  // [M, d, dv] H_i, each packed
+  void* keys;                  // [T, d, bk] Ks_j transposed; int8: key_offset added
+  void* values;                // [T, bk, dv]
+  float* k_scale;              // [T], int8
+  float* v_scale;              // [dv], int8
+  void* h_packed;              // d*dv/64 panels [T, 64] of h_j (bf16: T rounded up), see store_h
+  float* z;                    // [T, d] z_j, packed
+  unsigned char* sums_direct;  // [M] H_i is a product, not total minus routed, linear16
+  float* sum_z;                // [M, d] Z_i
+  void* sums_packed;           // [M, d, dv] H_i, each packed
 
   // ---- of the query head
   float* pooled_q;             // [M, d]
@@ -80,35 +72,8 @@ struct Job {
   std::int64_t width;
   const unsigned char* complement_empty;  // [M]
   const float* alpha;                     // [M], SLA: unused
-  float* sums;                            // backward: [M, d*dv + d] H_i, Z_i
 
-  // ---- backward
-  FloatRows q_f, d_out_f;  // [Nq, d], [Nq, dv]
-  float* q_copy;           // their buffers, 16-bit types
-  float* d_out_copy;
-  Rows d_out, saved_sparse, saved_linear;
-  const float* lse_in;      // [Nq]
-  float* delta_sparse;      // [Nq] rowsum(dO o_s), before alpha
-  float* delta_linear;      // [Nq] rowsum(dO_l o_l), before 1 - alpha
-  float* d_alpha;           // [M]
-  FloatRows d_linear;       // [Nq, dv] dO_l before 1 - alpha (SLA: dO P^T)
-  float* d_linear_out;      // its buffer, SLA
-  float* linear_copy;       // [Nq, dv] o_l, SLA
-  float* d_sums;            // [d*dv/64, M, 64] dH_i in panels, then [M, d] dZ_i
-  float* d_h;               // [T, d*dv + d]
-  float* u;                 // [M, T]
-  float* l;                 // [M, T]
-  float* d_ks;              // [Nk, d], added to over the heads of a group
-  float* d_keys;            // [Nk, d], likewise: the linear branch's
-  float* d_v;               // [Nk, dv], likewise
-  float* d_keys_sums;       // [T, d]
-  float* d_keys_mean;       // [d]
-  const float* proj_out_t;  // [dv, dv] P^T or null
-  MutableRows d_q_out, d_k_out, d_v_out;
-  const std::int32_t* readers;        // query blocks that route block j, ascending
-  const std::int64_t* readers_begin;  // [T + 1]
-  float* exact_lse;  // [Nq]; null except with backward = matched: o_s and lse are recomputed
-  bool first_in_group;
+  const struct Back* back;  // backward only: back.h
 
   std::byte* scratch;  // one part a worker
   std::int64_t scratch_bytes;
@@ -147,6 +112,21 @@ struct Products {
                             std::uint16_t* a, std::int64_t lda);
 };
 
+enum class Speed : std::int32_t { kSlower, kFasterOnAmd, kFaster };
+
+/// The stages of the backward.
+struct BackStages {
+  Stage pack_keys;         // key block: operands, h, z; zeroes d_k, d_v, d_keys_sums
+  Stage weigh;             // kBlockTile query blocks: rest_rows, rest_columns
+  Stage sum_key_blocks;    // group of panels: sums; num_panel_groups of them
+  Stage query_pairs;       // query block of the batch: this round's pairs, d_q; d_sums, d_alpha
+  Stage key_pairs;         // key block: d_k and d_v of the batch and the round
+  Stage sum_query_blocks;  // group of panels: d_h
+  Stage block_products;    // kPanel key blocks: l
+  Stage linear_keys;       // key block: the linear branch's d_k, d_v
+  Stage write_keys;        // key block: d_k, d_v in the caller's type
+};
+
 /// The stages of one instruction set; the comment says what an index is.
 struct Kernels {
   Products products;
@@ -154,21 +134,15 @@ struct Kernels {
   Gemm gemm;
   /// Integers and scale of one row of q, as query_block uses them (for tests).
   float (*quantized_row)(const float* x, std::int64_t d, std::int8_t* out);
-  Stage sum_keys;             // key block: k_block_sums, v_amax
-  Stage pack_keys;            // pair of key blocks: everything of the key/value head
-  Stage pool_keys;            // key block: pooled_k alone
-  Stage pack_keys_back;       // key block: ks, ks_t, v_rows, v_t, h
-  Stage pool_queries;         // query block
-  Stage sum_forward;          // group of panels: sums_packed, sum_z; num_panel_groups of them
-  Stage query_block;          // query block: steps 2 to 4
-  Stage sum_blocks;           // group of panels: sums = rest h; num_panel_groups of them
-  Stage prepare_queries;      // query block: q_f, d_out_f, deltas, d_alpha
-  Stage back_queries;         // query block: d_q, u, d_sums
-  Stage back_sparse_keys;     // key block: d_ks, d_v
-  Stage back_sum_blocks;      // group of panels: d_h = rest^T d_sums
-  Stage back_block_products;  // kBlockTile query blocks: l
-  Stage back_linear_keys;     // key block: d_keys, d_v, d_keys_sums
-  Stage write_keys;           // key block: d_k, d_v in the caller's type
+  Stage sum_keys;      // key block: k_block_sums, v_amax
+  Stage pack_keys;     // pair of key blocks: everything of the key/value head
+  Stage pool_keys;     // key block: pooled_k alone
+  Stage pool_queries;  // query block
+  Stage sum_z;         // kSumRows query blocks: sum_z, sums_direct
+  Stage sum_forward;   // kPanelsPerTask panels: sums_packed
+  Stage query_block;   // query block: steps 2 to 4
+  Speed bf16;          // of products, beside fp32
+  BackStages back;
 };
 
 namespace amx {
@@ -200,7 +174,7 @@ inline constexpr std::int64_t kBlockTile = 32;
 inline constexpr std::int64_t kRowTile = 64;
 inline constexpr std::int64_t kChunkKeys = 512;
 inline constexpr std::int64_t kForwardKeys = 1024;
-inline constexpr std::int64_t kSumRows = 64;  // query blocks whose sums are in flight
+inline constexpr std::int64_t kSumRows = 32;  // query blocks whose sums are in flight
 
 // Strides, in elements: rows a power of two of bytes apart would fall into few sets of a cache.
 inline constexpr std::int64_t kScoreStride = kForwardKeys + 16;

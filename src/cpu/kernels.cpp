@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "cpu/back.h"
 #include "cpu/job.h"
 
 #if defined(__AMX_TILE__)
@@ -47,11 +48,14 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #include "cpu/stages/packing.inc"
 #include "cpu/stages/gemm.inc"
 #include "cpu/stages/keys.inc"
-#include "cpu/stages/queries.inc"
 #include "cpu/stages/forward_keys.inc"
 #include "cpu/stages/forward_sums.inc"
 #include "cpu/stages/forward_queries.inc"
-#include "cpu/stages/backward.inc"
+#include "cpu/stages/formats.inc"
+#include "cpu/stages/back_keys.inc"
+#include "cpu/stages/back_pairs.inc"
+#include "cpu/stages/back_queries.inc"
+#include "cpu/stages/back_sums.inc"
 // clang-format on
 
 /// A stage between begin_products() and end_products(): the tiles are free again when a task ends.
@@ -61,6 +65,23 @@ static void with_products(const Job& job, Index index, Index worker) {
   kStage(job, index, worker);
   end_products();
 }
+
+/// A stage of the backward in the format of the call.
+template <Stage kFp32, Stage kBf16>
+static void in_format(const Job& job, Index index, Index worker) {
+  (job.back->is16 ? kBf16 : kFp32)(job, index, worker);
+}
+#ifdef SLA2_BF16
+#ifdef __AMX_TILE__
+constexpr Speed kBf16Speed = Speed::kFaster;
+#else
+constexpr Speed kBf16Speed = Speed::kFasterOnAmd;
+#endif
+#define SLA2_BACK(stage) with_products<in_format<stage<Fp32>, stage<Bf16>>>
+#else
+constexpr Speed kBf16Speed = Speed::kSlower;
+#define SLA2_BACK(stage) with_products<in_format<stage<Fp32>, stage<Fp32>>>
+#endif
 
 template <typename A, typename B, typename C>
 static void single_product(Index m, Index n, Index k, const A* a, Index lda, const B* const* b,
@@ -84,18 +105,14 @@ extern const Kernels kKernels = {
     with_products<sum_keys>,
     with_products<pack_keys>,
     with_products<pool_keys>,
-    with_products<pack_keys_back>,
     with_products<pool_queries>,
+    with_products<sum_z>,
     with_products<sum_forward>,
     with_products<query_block>,
-    with_products<sum_blocks>,
-    with_products<prepare_queries>,
-    with_products<back_queries>,
-    with_products<back_sparse_keys>,
-    with_products<back_sum_blocks>,
-    with_products<back_block_products>,
-    with_products<back_linear_keys>,
-    with_products<write_keys>,
+    kBf16Speed,
+    {SLA2_BACK(pack_keys_of), SLA2_BACK(weights_of), SLA2_BACK(sum_key_blocks),
+     SLA2_BACK(query_pairs), SLA2_BACK(key_pairs), SLA2_BACK(sum_query_blocks),
+     SLA2_BACK(block_products), SLA2_BACK(linear_keys_of), with_products<back_write_keys>},
 };
 }  // namespace SLA2_TABLE
 

@@ -56,20 +56,22 @@ void fill_options(const Problem& p, Pass pass, Job& job) {
 
 }  // namespace
 
+/// The backward's products: those of the inputs' 16-bit type unless the precision is fp32. fp16's
+/// run in fp32, which is finer, and so do bf16's where fp32 is not slower: Intel's vdpbf16ps has
+/// two thirds of the speed of its fp32 multiply-adds, its tiles have eight times that.
+bool has_bf16_products(const Problem& p, const Kernels& kernels) {
+  if (p.dtype == DType::kF16 || arithmetic_of(p) == Arithmetic::kFp32) return false;
+  if (kernels.bf16 == Speed::kFaster) return true;
+  __builtin_cpu_init();
+  return kernels.bf16 == Speed::kFasterOnAmd && __builtin_cpu_is("amd");
+}
+
 std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k) {
-  const std::int64_t tile = kRowTile * (3 * d + 3 * dv + 2 * kChunkKeys + 3);
-  const std::int64_t pack = block_k * (2 * d + dv) + d * dv;
-  const std::int64_t queries = kRowTile * (2 * block_k + 3 * d + dv) + 2 * d * dv + d;
-  const std::int64_t sparse_keys = 2 * kRowTile * block_k + block_k * (d + dv);
-  const std::int64_t products = 256 * (256 + kBlockTile);
-  const std::int64_t linear_keys = block_k * (3 * d + dv) + d * dv;
   const std::int64_t forward_keys = block_k * (2 * d + 2 * dv) + 2 * d * dv + 16;
   const std::int64_t forward_queries =
       kRowTile * (3 * d + 3 * dv + kScoreStride + kLeftStride / 2 + 5);
-  const std::int64_t forward_sums = kSumRows * kPanel * kPanelsPerTask;
-  const std::int64_t floats = std::max({tile, pack, queries, sparse_keys, products, linear_keys,
-                                        forward_keys, forward_queries, forward_sums}) +
-                              16;
+  const std::int64_t forward_sums = (kSumRows + 1) * kPanel * kPanelsPerTask;
+  const std::int64_t floats = std::max({forward_keys, forward_queries, forward_sums}) + 16;
   return (floats * 4 + 63) / 64 * 64;
 }
 
@@ -78,16 +80,15 @@ std::int64_t num_panel_groups(const Problem& p) {
   return (panels + kPanelsPerTask - 1) / kPanelsPerTask + 1;
 }
 
-void lay_out(const Problem& p, Pass pass, std::int64_t workers, Arena& arena, Job& job,
-             DriverBuffers& own) {
+void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& kernels,
+             Arena& arena, Job& job, Back& back, DriverBuffers& own) {
   job = Job{};
   fill_options(p, pass, job);
   const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
   const std::int64_t keys = T * job.block_k, padded_T = (T + 15) / 16 * 16;
-  const std::int64_t state = d * dv + d;
-  const bool back = pass == Pass::kBackward;
+  const bool is_backward = pass == Pass::kBackward;
 
-  job.scratch_bytes = scratch_bytes(d, dv, job.block_k);
+  job.scratch_bytes = is_backward ? back_scratch_bytes(p) : scratch_bytes(d, dv, job.block_k);
   job.scratch = arena.take<std::byte>(workers * job.scratch_bytes);
   job.k_block_sums = arena.take<float>(T * d);
   job.k_mean = arena.take<float>(d);
@@ -106,67 +107,38 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, Arena& arena, Jo
   if (job.soft) own.logits = arena.take<float>(M * T);
   if (job.soft) own.log_m = arena.take<float>(M * T);
   own.rest = arena.take<float>(M * T);
-  if (!back) {
-    const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
-                               : job.arithmetic == Arithmetic::kBf16 ? 2
-                                                                     : 4;
-    job.keys = arena.take<std::byte>(keys * d * bytes);
-    job.values = arena.take<std::byte>(keys * dv * bytes);
-    if (bytes == 1) {
-      job.v_amax = arena.take<float>(T * dv);
-      job.v_scale = arena.take<float>(dv);
-      job.k_scale = arena.take<float>(T);
-    }
-    const std::int64_t panels = d * dv / kPanel;
-    if (job.linear16) own.rest16 = arena.take<std::uint16_t>(M * rest_stride(T));
-    job.h_packed =
-        arena.take<std::byte>(panels * (job.linear16 ? 2 * h_stride16(T) : 4 * h_stride(T)));
-    job.sums_packed = arena.take<std::byte>(M * sums_stride(d, dv) * (job.linear16 ? 2 : 4));
-    job.z = arena.take<float>(T * d);
-    job.sum_z = arena.take<float>(M * d);
-    return;
+  if (is_backward) {
+    back = Back{};
+    back.is16 = has_bf16_products(p, kernels);
+    return lay_out_backward(p, arena, job, back, own);
   }
-  job.h = arena.take<float>(T * state);
-  job.sums = arena.take<float>(M * state);
-  job.ks_t = arena.take<float>(keys * d);
-  job.v_rows = arena.take<float>(keys * dv);
-  job.ks = arena.take<float>(keys * d);
-  job.v_t = arena.take<float>(keys * dv);
-  if (p.dtype != DType::kF32) {
-    job.q_copy = arena.take<float>(job.num_queries * d);
-    job.d_out_copy = arena.take<float>(job.num_queries * dv);
+  const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
+                             : job.arithmetic == Arithmetic::kBf16 ? 2
+                                                                   : 4;
+  job.keys = arena.take<std::byte>(keys * d * bytes);
+  job.values = arena.take<std::byte>(keys * dv * bytes);
+  if (job.linear16) job.v_amax = arena.take<float>(T * dv);
+  if (bytes == 1) {
+    job.v_factor = arena.take<float>(dv);
+    job.v_scale = arena.take<float>(dv);
+    job.k_scale = arena.take<float>(T);
   }
-  if (job.is_sla) {
-    job.d_linear_out = arena.take<float>(job.num_queries * dv);
-    job.linear_copy = arena.take<float>(job.num_queries * dv);
-    own.proj_out_t = arena.take<float>(dv * dv);
-  }
-  job.delta_sparse = arena.take<float>(job.num_queries);
-  job.delta_linear = arena.take<float>(job.num_queries);
-  if (p.config.backward == BackwardMode::kMatched) {
-    job.exact_lse = arena.take<float>(job.num_queries);
-  }
-  job.d_alpha = arena.take<float>(M);
-  job.d_sums = arena.take<float>(M * state);
-  job.d_h = arena.take<float>(T * state);
-  job.u = arena.take<float>(M * T);
-  job.l = arena.take<float>(M * T);
-  job.d_ks = arena.take<float>(keys * d);
-  job.d_keys = arena.take<float>(keys * d);
-  job.d_v = arena.take<float>(keys * dv);
-  job.d_keys_sums = arena.take<float>(T * d);
-  job.d_keys_mean = arena.take<float>(d);
-  own.readers = arena.take<std::int32_t>(M * (job.soft ? T : job.width));
-  own.readers_begin = arena.take<std::int64_t>(T + 1);
-  own.d_scores = arena.take<float>(M * padded_T);
-  own.router_rows = arena.take<float>(std::max(M, T) * d);
+  const std::int64_t panels = d * dv / kPanel;
+  if (job.linear16) own.rest16 = arena.take<std::uint16_t>(M * rest_stride(T));
+  job.h_packed =
+      arena.take<std::byte>(panels * (job.linear16 ? 2 * h_stride16(T) : 4 * h_stride(T)));
+  job.sums_packed = arena.take<std::byte>(M * sums_stride(d, dv) * (job.linear16 ? 2 : 4));
+  job.z = arena.take<float>(T * d);
+  job.sum_z = arena.take<float>(M * d);
+  job.sums_direct = arena.take<unsigned char>(M);
 }
 
 Call make_call(const Problem& problem, const Inputs& inputs, const Context& context, Pass pass,
                const Kernels& kernels) {
-  Call call{problem, inputs, context.executor, kernels, {}, {}, 0, 0, 0};
+  Call call{problem, inputs, context.executor, kernels, {}, {}, {}, 0, 0, 0};
   Arena arena(context.workspace.data());
-  lay_out(problem, pass, context.executor.num_threads(), arena, call.job, call.own);
+  lay_out(problem, pass, context.executor.num_threads(), kernels, arena, call.job, call.back,
+          call.own);
   call.L = call.job.width;
   call.T = call.job.k_blocks;
   call.padded_T = (call.T + 15) / 16 * 16;
@@ -221,7 +193,7 @@ void smooth(Call& call) {
   for (std::int64_t c = 0; c < job.d; ++c) {
     job.k_mean[c] = static_cast<float>(sums[c] / static_cast<double>(job.num_keys));
   }
-  if (job.v_amax == nullptr) return;
+  if (job.v_factor == nullptr) return;
   // As integers the bits of magnitudes order as the values do, NaN on top.
   std::uint32_t bits[kMaxHeadDim] = {};
   for (std::int64_t j = 0; j < job.k_blocks; ++j) {
@@ -235,7 +207,7 @@ void smooth(Call& call) {
     const bool finite = std::isfinite(amax);
     const bool zero = !finite || amax < 1e-30F;
     job.v_scale[c] = !finite ? std::numeric_limits<float>::quiet_NaN() : zero ? 0 : amax / 127.0F;
-    job.v_amax[c] = zero ? 0 : 127.0F / amax;  // row 0 becomes the factor; its maxima are done with
+    job.v_factor[c] = zero ? 0 : 127.0F / amax;
   }
 }
 

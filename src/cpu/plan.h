@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/back.h"
 #include "cpu/job.h"
 #include "sla2/attention.h"
 
@@ -36,13 +37,15 @@ struct DriverBuffers {
   float* log_m = nullptr;                     // [M, T]
   float* rest = nullptr;                      // [M, T]
   std::uint16_t* rest16 = nullptr;            // [M, rest_stride(T)], forward
-  float* routed_k_t = nullptr;                // [d, T rounded up to 16]
+  float* routed_k_t = nullptr;                // [d, T rounded up to 16], packed
   double* soft = nullptr;                     // [workers, T]
-  std::int32_t* readers = nullptr;            // [M * T] (soft) or [M * L]
+  std::int32_t* readers = nullptr;            // [M * L][2], hard
   std::int64_t* readers_begin = nullptr;      // [T + 1]
   float* d_scores = nullptr;                  // [M, T rounded up to 16]
   float* router_rows = nullptr;               // [max(M, T), d]
   float* proj_out_t = nullptr;                // [dv, dv]
+  float* d_k = nullptr;                       // [Nk, d], 16-bit types
+  float* d_v = nullptr;                       // [Nk, dv], likewise
 };
 
 /// A call on one instruction set.
@@ -51,14 +54,22 @@ struct Call {
   const Inputs& inputs;
   Executor& executor;
   const Kernels& kernels;
-  Job job;  // of the current head
+  Job job;    // of the current head
+  Back back;  // backward only
   DriverBuffers own;
   std::int64_t L, T, padded_T;
 };
 
+/// The backward's products are in bf16.
+[[nodiscard]] bool has_bf16_products(const Problem& problem, const Kernels& kernels);
 /// Carves the workspace for `pass` and fills what does not depend on the head.
-void lay_out(const Problem& problem, Pass pass, std::int64_t workers, Arena& arena, Job& job,
-             DriverBuffers& own);
+void lay_out(const Problem& problem, Pass pass, std::int64_t workers, const Kernels& kernels,
+             Arena& arena, Job& job, Back& back, DriverBuffers& own);
+/// The backward's part of it; the job's sizes are set.
+void lay_out_backward(const Problem& problem, Arena& arena, const Job& job, Back& back,
+                      DriverBuffers& own);
+/// Bytes that one worker of any stage of the backward needs.
+std::int64_t back_scratch_bytes(const Problem& problem);
 Call make_call(const Problem& problem, const Inputs& inputs, const Context& context, Pass pass,
                const Kernels& kernels);
 

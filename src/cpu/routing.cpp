@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/float16.h"
+#include "cpu/back.h"
 #include "cpu/plan.h"
 
 namespace sla2::cpu {
@@ -114,6 +115,8 @@ void choose_blocks(const Call& call, const float* scores, std::int32_t* blocks) 
   std::int64_t size = 0;
   for (std::int32_t j = 0; j < n; ++j) {
     if (fixed.contains(j)) continue;
+    // Most blocks: not above the worst of those kept, whose index is lower.
+    if (size > 0 && size == kept && scores[j] <= scores[blocks[0]]) continue;
     if (size < kept) {
       blocks[size++] = j;
       std::push_heap(blocks, blocks + size, better);
@@ -137,17 +140,16 @@ void score(Call& call, std::int64_t h) {
   project(call, job.pooled_q, router(call, call.inputs.parameters.proj_q, h), job.q_blocks,
           job.routed_q);
   project(call, job.pooled_k, router(call, call.inputs.parameters.proj_k, h), T, job.routed_k);
-  std::fill_n(call.own.routed_k_t, d * ld, 0.0F);
-  for (std::int64_t j = 0; j < T; ++j) {
-    for (std::int64_t c = 0; c < d; ++c) call.own.routed_k_t[c * ld + j] = job.routed_k[j * d + c];
-  }
+  const float* routed_k_t = call.own.routed_k_t;
+  call.kernels.products.pack_transposed_fp32(Type::kF32, {job.routed_k, d}, T, ld, d,
+                                             call.own.routed_k_t);
   call.executor.parallel_for(
       (job.q_blocks + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, std::int64_t) {
         const std::int64_t first = task * kRowsPerTask;
         const std::int64_t rows = std::min(kRowsPerTask, job.q_blocks - first);
         float* scores = job.scores + first * ld;
-        call.kernels.gemm(rows, ld, d, job.routed_q + first * d, d, 1, call.own.routed_k_t, ld,
-                          scores, ld, false);
+        call.kernels.products.fp32(rows, ld, d, job.routed_q + first * d, d, &routed_k_t, 1, scores,
+                                   ld, false);
         for (std::int64_t c = 0; c < rows * ld; ++c) scores[c] *= job.scale;
       });
 }
@@ -219,8 +221,8 @@ void back_scores(const Call& call, std::int64_t i, const float* logits, double* 
   const Job& job = call.job;
   const std::int64_t T = job.k_blocks;
   const double inverse_tau = 1 / call.problem.config.tau;
-  const float* u = job.u + i * T;
-  const float* l = job.l + i * T;
+  const float* u = job.back->u + i * T;
+  const float* l = job.back->l + i * T;
   double sum_t = 0;
   double sum_g = 0;
   const auto weight = [&](std::int64_t j) {

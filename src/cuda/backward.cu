@@ -60,6 +60,7 @@ void take_backward(Backward& back, Arena& arena) {
   }
   back.reads = arena.take<std::uint8_t>(heads * c.T * c.M);
   back.complement_empty = arena.take<std::int32_t>(heads * c.M);
+  back.alphas = arena.take<float>(heads * c.M);
   for (float** rows : {&back.lse, &back.delta_sparse, &back.delta_linear, &back.d_bottom}) {
     *rows = arena.take<float>(q_rows);
   }

@@ -5,6 +5,8 @@
 // shared memory one step ahead. phi' follows from phi: softmax phi (d - <phi, d>), elu + 1
 // min(phi, 1), relu phi > 0.
 #include "cuda/backward_rows.cuh"
+#include "cuda/backward_scores.cuh"
+#include "cuda/lines.cuh"
 
 namespace sla2::SLA2_CUDA_ROOM {
 namespace {
@@ -50,13 +52,16 @@ SLA2_DEVICE void row_product(float (&acc)[D / 8][4], const Terms& left, std::int
   copy(0);
   SLA2_NO_UNROLL for (int step = 0; step < kSteps; ++step) {
     copy(step + 1);
+    Fragment<kTerms> own[Sizes::kDepth / 16];
+    SLA2_UNROLL for (int k = 0; active && k < Sizes::kDepth / 16; ++k) {
+      load_left_global(own[k], left, left_at + step * Sizes::kDepth + k * 16, D);
+    }
     copy_async_wait<1>();
     block_barrier();
     const Bf16* stage = shared + step % 2 * Sizes::kStage;
     if (active) {
       SLA2_UNROLL for (int k = 0; k < Sizes::kDepth; k += 16) {
-        Fragment<kTerms> a;
-        load_left_global(a, left, left_at + step * Sizes::kDepth + k, D);
+        const Fragment<kTerms>& a = own[k / 16];
         SLA2_UNROLL for (int n = 0; n < D / 16; ++n) {
           Fragment<kTerms> b;
           if constexpr (kByN) {
@@ -129,27 +134,55 @@ SLA2_DEVICE void store_acc(const float (&acc)[D / 8][4], float* to, std::int64_t
   }
 }
 
-/// w and -w Dl of one row, and its part of dTop. By a warp; the same in every lane.
-template <int kTerms, int D>
-SLA2_DEVICE void scale_row(const Backward& back, std::int64_t row, std::int64_t z_at, float factor,
-                           float& weight, float& d_bottom) {
-  float bottom = 0.0f;
-  float x[2];
-  SLA2_UNROLL for (int a = 0; a < D; a += 64) {
-    float z[2];
-    load_pair<kTerms>(back.phi_q, row * D + a + 2 * lane_index(), x[0], x[1]);
-    load_pair<kTerms>(back.sums, z_at + a + 2 * lane_index(), z[0], z[1]);
-    bottom += x[0] * z[0] + x[1] * z[1];
+/// Eight neighbours, the sum of their terms.
+template <int kTerms>
+SLA2_DEVICE void load_line(const Terms& from, std::int64_t at, float (&x)[kLine]) {
+  SLA2_UNROLL for (int e = 0; e < kLine; ++e) x[e] = 0.0f;
+  SLA2_UNROLL for (int p = kTerms - 1; p >= 0; --p) {
+    const Words4 words = load_16(from.data + p * from.plane + at);
+    SLA2_UNROLL for (int w = 0; w < 4; ++w) {
+      x[2 * w] += bits_to_float(words.x[w] << 16);
+      x[2 * w + 1] += bits_to_float(words.x[w] & 0xffff0000u);
+    }
   }
-  bottom = sum_over_warp(bottom);
-  // Under 2^-64 the branch gives nothing, and no gradient.
-  weight = factor == 0.0f || bottom < 0x1p-64f ? 0.0f : factor / bottom;
-  d_bottom = weight == 0.0f ? 0.0f : -weight * back.delta_linear[row];
-  SLA2_UNROLL for (int c = 0; c < D; c += 64) {
-    const std::int64_t at = row * D + c + 2 * lane_index();
-    load_pair<kTerms>(back.d_l, at, x[0], x[1]);
-    SLA2_UNROLL for (int e = 0; e < 2; ++e) x[e] = weight == 0.0f ? 0.0f : weight * x[e];
-    store_terms<kTerms>(back.d_top, at, x[0], x[1]);
+}
+
+/// w and -w Dl of the warp's 16 rows, also to shared memory, and dTop; eight features a lane.
+template <int kTerms, int D>
+SLA2_DEVICE void scale_rows(const Backward& back, std::int64_t row, std::int64_t z_at, float factor,
+                            float* weights, float* bottoms) {
+  constexpr int kLanes = D / kLine;
+  constexpr int kRows = 32 / kLanes;           // at once
+  constexpr int kBatch = kTerms == 1 ? 4 : 2;  // loads of so many are under way together
+  const int channel = lane_index() % kLanes * kLine;
+  const int own = lane_index() / kLanes;
+  float z[kLine];
+  load_line<kTerms>(back.sums, z_at + channel, z);
+  SLA2_NO_UNROLL for (int first = 0; first < 16; first += kRows * kBatch) {
+    float phi[kBatch][kLine], d_l[kBatch][kLine], delta[kBatch];
+    SLA2_UNROLL for (int s = 0; s < kBatch; ++s) {
+      const std::int64_t at = row + first + s * kRows + own;
+      load_line<kTerms>(back.phi_q, at * D + channel, phi[s]);
+      load_line<kTerms>(back.d_l, at * D + channel, d_l[s]);
+      delta[s] = back.delta_linear[at];
+    }
+    SLA2_UNROLL for (int s = 0; s < kBatch; ++s) {
+      const int r = first + s * kRows + own;
+      float bottom = 0.0f;
+      SLA2_UNROLL for (int e = 0; e < kLine; ++e) bottom += phi[s][e] * z[e];
+      bottom = sum_over_row<kLanes>(bottom);
+      // Under 2^-64 the branch gives nothing, and no gradient.
+      const float weight = factor == 0.0f || bottom < 0x1p-64f ? 0.0f : factor / bottom;
+      SLA2_UNROLL for (int e = 0; e < kLine; ++e) {
+        d_l[s][e] = weight == 0.0f ? 0.0f : weight * d_l[s][e];
+      }
+      store_line_terms<kTerms>(back.d_top.data + (row + r) * D + channel, back.d_top.plane, d_l[s]);
+      if (channel != 0) continue;
+      const float d_bottom = weight == 0.0f ? 0.0f : -weight * delta[s];
+      weights[r] = weight;
+      bottoms[r] = d_bottom;
+      back.d_bottom[row + r] = d_bottom;
+    }
   }
 }
 
@@ -167,16 +200,9 @@ void linear_queries_kernel(Backward back) {
   const float factor = linear_factor(back, block_y() / c.H, block_y() % c.H, i);
   float* weights = shared_memory<float>(RowProduct<kTerms, D>::kShared);  // [64]
   float* bottoms = weights + kTileRows;                                   // [64]
-  for (int r = 0; active && r < 16; ++r) {
-    float weight = 0.0f;
-    float d_bottom = 0.0f;
-    scale_row<kTerms, D>(back, row + r, state + static_cast<std::int64_t>(D) * D, factor, weight,
-                         d_bottom);
-    if (lane_index() == 0) {
-      weights[warp_index() * 16 + r] = weight;
-      bottoms[warp_index() * 16 + r] = d_bottom;
-      back.d_bottom[row + r] = d_bottom;
-    }
+  if (active) {
+    scale_rows<kTerms, D>(back, row, state + static_cast<std::int64_t>(D) * D, factor,
+                          weights + warp_index() * 16, bottoms + warp_index() * 16);
   }
   warp_barrier();
   float acc[D / 8][4];
@@ -207,6 +233,8 @@ template <int kTerms, int D>
 SLA2_KERNEL(kBackThreads, 1)
 void linear_keys_kernel(Backward back) {
   const Call& c = back.call;
+  if (block_z() == 1) return score_blocks<kTerms>(back);
+  if (block_x() >= c.T * back.key_tiles || block_y() >= c.B * c.Hkv) return;
   const std::int64_t head = block_y();
   const int j = block_x() / back.key_tiles;
   const int tile = block_x() % back.key_tiles;
@@ -254,8 +282,15 @@ void launch_linear(const Backward& back, bool queries, void* stream) {
     launch(stream, linear_queries_kernel<kTerms, D>, {c.M * back.query_tiles, c.B * c.H, 1},
            kBackThreads, kShared, back);
   } else {
-    launch(stream, linear_keys_kernel<kTerms, D>, {c.T * back.key_tiles, c.B * c.Hkv, 1},
-           kBackThreads, kShared, back);
+    Grid grid{c.T * back.key_tiles, c.B * c.Hkv, 1};
+    std::size_t bytes = kShared;
+    if (back.learns_router && !c.scope_all) {
+      constexpr std::size_t kScores = sizeof(Bf16) * 2 * kTerms * (kProductPlaneA + kProductPlaneB);
+      static_assert(kScores <= 99 * 1024);
+      grid = {score_tiles(c) > grid.x ? score_tiles(c) : grid.x, c.B * c.H, 2};
+      bytes = kScores > bytes ? kScores : bytes;
+    }
+    launch(stream, linear_keys_kernel<kTerms, D>, grid, kBackThreads, bytes, back);
   }
 }
 

@@ -35,6 +35,7 @@ struct Backward {
   Terms sums, d_sums;              // [B, H, M, C] H_i, Z_i; their gradients
   std::uint8_t* reads;             // [B, H, T, M] 1: query block i reads key block j
   std::int32_t* complement_empty;  // [B, H, M]
+  float* alphas;                   // [B, H, M] dO_s = alphas dO
   float* lse;                      // [B, H, R] times log2(e); +inf behind the last query
   float* delta_sparse;             // [B, H, R] rowsum(dO o_s)
   float* delta_linear;             // [B, H, R] rowsum(dO_l o_l)
@@ -70,14 +71,15 @@ void back_key_states(const Backward& back, void* stream);       // h; routed_q, 
 void back_query_states(const Backward& back, void* stream);     // sums
 void back_linear_queries(const Backward& back, void* stream);   // d_q_linear, d_top, d_bottom
 void back_query_gradients(const Backward& back, void* stream);  // d_sums
-void back_key_gradients(const Backward& back, void* stream);    // d_h; d_scores
-void back_linear_keys(const Backward& back, void* stream);      // d_keys, d_v_linear, key_sums
-void back_sparse_queries(const Backward& back, void* stream);   // d_q; u; matched: lse, deltas
-void back_project_out(const Backward& back, void* stream);      // projection_sums
-void back_reduce(const Backward& back, void* stream);           // key_mean, alpha, proj_out
-void back_sparse_keys(const Backward& back, void* stream);      // d_k, d_v
-void back_scores(const Backward& back, void* stream);           // d_scores, *_k_sums
-void back_router(const Backward& back, void* stream);           // d_proj_q, d_proj_k
+void back_key_gradients(const Backward& back, void* stream);    // d_h
+void back_linear_keys(const Backward& back,
+                      void* stream);  // d_keys, d_v_linear, key_sums; d_scores
+void back_sparse_queries(const Backward& back, void* stream);  // d_q; u; matched: lse, deltas
+void back_project_out(const Backward& back, void* stream);     // projection_sums
+void back_reduce(const Backward& back, void* stream);          // key_mean, alpha, proj_out
+void back_sparse_keys(const Backward& back, void* stream);     // d_k, d_v
+void back_scores(const Backward& back, void* stream);          // d_scores, *_k_sums
+void back_router(const Backward& back, void* stream);          // d_proj_q, d_proj_k
 
 /// The backward of one call, at most 12 launches. `workspace` is at least backward_bytes(problem).
 void run_backward(const Problem& problem, const Inputs& inputs, const Saved& saved, ConstView d_out,

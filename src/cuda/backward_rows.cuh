@@ -14,12 +14,6 @@ SLA2_DEVICE float back_alpha(const Backward& back, int h, int i) {
   const int column = c.alpha_blocks == 1 ? 0 : i;
   return 1.0f / (1.0f + exact_exp(-c.alpha_logit[h * c.alpha_blocks + column]));
 }
-/// dO_s = factor dO.
-SLA2_DEVICE float sparse_factor(const Backward& back, int b, int h, int i) {
-  const Call& c = back.call;
-  const bool empty = back.complement_empty[(static_cast<std::int64_t>(b) * c.H + h) * c.M + i] != 0;
-  return c.is_sla || empty ? 1.0f : back_alpha(back, h, i);
-}
 SLA2_DEVICE float linear_factor(const Backward& back, int b, int h, int i) {
   const Call& c = back.call;
   if (back.complement_empty[(static_cast<std::int64_t>(b) * c.H + h) * c.M + i] != 0) return 0.0f;

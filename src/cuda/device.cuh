@@ -307,10 +307,15 @@ SLA2_DEVICE float add_rounded(float x, float y) { return __fadd_rn(x, y); }
 SLA2_DEVICE float max_of(float x, float y) { return fmaxf(x, y); }
 SLA2_DEVICE float min_of(float x, float y) { return fminf(x, y); }
 SLA2_DEVICE float abs_of(float x) { return fabsf(x); }
-/// The larger one, NaN if either is.
+/// The larger or the smaller one, NaN if either is.
 SLA2_DEVICE float max_or_nan(float x, float y) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
+SLA2_DEVICE float min_or_nan(float x, float y) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(r) : "f"(x), "f"(y));
   return r;
 }
 SLA2_DEVICE bool is_nan(float x) { return x != x; }

@@ -237,6 +237,7 @@ SLA2_DEVICE float max_of(float x, float y) { return std::fmax(x, y); }
 SLA2_DEVICE float min_of(float x, float y) { return std::fmin(x, y); }
 SLA2_DEVICE float abs_of(float x) { return std::fabs(x); }
 SLA2_DEVICE float max_or_nan(float x, float y) { return x != x || x > y ? x : y; }
+SLA2_DEVICE float min_or_nan(float x, float y) { return x != x || x < y ? x : y; }
 SLA2_DEVICE bool is_nan(float x) { return x != x; }
 
 /// Runs the whole grid before it returns.

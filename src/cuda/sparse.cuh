@@ -80,10 +80,9 @@ struct Running {
 
 /// A routed block, in shared memory: 32 are read at once, so that no tile waits for the table.
 struct alignas(16) Entry {
-  int block;    // -1: none
-  int keys;     // from its first to the last that exists
-  float value;  // low-bit: the scale of the block's keys; else log2 m (0 with hard routing)
-  int unused;
+  std::int64_t row;  // of its first key in k_low and v_low; -1: none
+  int keys;          // from its first to the last that exists
+  float value;       // low-bit: the scale of the block's keys; else log2 m (0 with hard routing)
 };
 inline constexpr int kEntries = 64;  // two halves of 32: one read, one filled
 
@@ -109,11 +108,11 @@ template <Format F, int D>
 SLA2_DEVICE void fill_entries(const Call& c, const Queries& q, int first) {
   if (warp_index() != 0) return;
   const int at = first + lane_index();
-  Entry entry{-1, 0, 0.0f, 0};
+  Entry entry{-1, 0, 0.0f};
   const bool soft = !Sparse<F, D>::kLowBit && c.soft;  // soft routing is never quantised
   const int block = soft ? at : at < c.L ? routed_list(c, q)[at] : -1;
   if (block >= 0 && block < q.blocks) {  // a given table is not trusted
-    entry.block = block;
+    entry.row = (std::int64_t{q.key_head} * c.T + block) * c.bk;
     entry.keys = q.length - block * c.bk;
     if constexpr (Sparse<F, D>::kLowBit) {
       entry.value = c.k_scale[std::int64_t{q.key_head} * c.T + block];
@@ -163,7 +162,7 @@ SLA2_DEVICE void spread(const Body& body) {
 
 /// Starts the copies of one tile.
 template <Format F, int D>
-SLA2_DEVICE void load_tile(const Call& c, const Queries& q, int tile, int stage) {
+SLA2_DEVICE void load_tile(const Call& c, int tile, int stage) {
   using S = Sparse<F, D>;
   unsigned char* keys =
       shared_memory<unsigned char>(kTilesAt + static_cast<std::size_t>(stage) * S::kStageBytes);
@@ -172,11 +171,9 @@ SLA2_DEVICE void load_tile(const Call& c, const Queries& q, int tile, int stage)
   const auto* v_low = static_cast<const unsigned char*>(c.v_low);
   SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
     const int index = tile * S::kParts + p;
-    const int block = entry_of<F, D>(index >> part_bits<F, D>(c))->block;
-    const bool valid = block >= 0;
-    const std::int64_t row =
-        valid ? (std::int64_t{q.key_head} * c.T + block) * c.bk + part_offset<F, D>(c, index)
-              : std::int64_t{0};
+    const std::int64_t first = entry_of<F, D>(index >> part_bits<F, D>(c))->row;
+    const bool valid = first >= 0;
+    const std::int64_t row = valid ? first + part_offset<F, D>(c, index) : std::int64_t{0};
     // A part's keys, and its values, lie together in global memory.
     constexpr int kUnits = D * S::kBytes / 16;
     SLA2_UNROLL for (int plane = 0; plane < S::kPlanes; ++plane) {
@@ -521,12 +518,12 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
   const int tiles = ((routed_count(c, q) << part_bits<F, D>(c)) + S::kParts - 1) / S::kParts;
   fill_entries<F, D>(c, q, 0);
   block_barrier();
-  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, q, 0, 0);
+  if (S::kStages == 2 && tiles > 0) load_tile<F, D>(c, 0, 0);
   copy_async_commit();
   SLA2_NO_UNROLL for (int tile = 0; tile < tiles; ++tile) {
     if constexpr (S::kStages == 1) {
       block_barrier();
-      load_tile<F, D>(c, q, tile, 0);
+      load_tile<F, D>(c, tile, 0);
       copy_async_commit();
     }
     copy_async_wait<0>();
@@ -537,7 +534,7 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
       block_barrier();
     }
     if (S::kStages == 2 && tile + 1 < tiles) {
-      load_tile<F, D>(c, q, tile + 1, (tile + 1) % 2);
+      load_tile<F, D>(c, tile + 1, (tile + 1) % 2);
       copy_async_commit();
     }
     const unsigned char* keys = shared_memory<unsigned char>(

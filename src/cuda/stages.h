@@ -22,6 +22,21 @@ void route(const Call& call, void* stream);
 void prepare_keys(const Call& call, void* stream);
 /// sums = rest h.
 void sum_states(const Call& call, void* stream);
+
+/// c [heads, m, n] = a b, or a^T b: a is [heads, m, a_pitch] or, by_k, [heads, k, a_pitch], b
+/// [heads / group, k, n]; n a multiple of 8, a_pitch of 32.
+struct BlockSums {
+  Terms a, b, c;
+  std::int64_t a_pitch = 0, n = 0, heads = 0;
+  int m = 0, k = 0, group = 1;
+  bool by_k = false;
+  // Where keys have lengths, only their blocks of b exist: of `bk` keys, one length for each
+  // `lengths_heads` heads.
+  const std::int64_t* key_lengths = nullptr;
+  int lengths_heads = 1, bk = 1;
+};
+void sum_blocks(const BlockSums& sums, void* stream);
+
 /// Sparse branch, linear branch, mix: out, out_sparse, out_linear, lse; method sla: sparse_rows and
 /// linear_rows instead of out.
 void attend(const Call& call, void* stream);

@@ -275,7 +275,11 @@ TEST_P(Cpu, IntegersEqualTheReferenceBitForBit) {
   const auto expected = reference::quantize(p, call.operands<double>());
   const cpu::Kernels& kernels = kernels_of(GetParam());
   SerialExecutor serial;
-  std::vector<std::byte> workspace = std::vector<std::byte>(workspace_bytes(p, Pass::kForward, 1));
+  struct alignas(64) Line {
+    std::byte bytes[64];
+  };
+  std::vector<Line> lines(workspace_bytes(p, Pass::kForward, 1) / sizeof(Line) + 1);
+  const std::span<std::byte> workspace = std::as_writable_bytes(std::span(lines));
   const Inputs inputs = call.inputs();
   cpu::Call run = cpu::make_call(p, inputs, {serial, workspace}, Pass::kForward, kernels);
   cpu::select_keys(run, 0, 0);

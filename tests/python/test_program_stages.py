@@ -317,19 +317,23 @@ def test_every_option_of_every_command(clips, tmp_path):
         " --caption-dropout 0.2 --frames 8 --height 32 --width 32 --fps 4 --patch 2,8,8 --layers 1"
         " --heads 2 --head-dim 16 --ffn-dim 32 --text-dim 16 --caption-tokens 2",
         f"calibrate --model {out['m']} --data {clips} --out {out['s']} --steps 2 --batch 2"
-        " --keeps 0.5,0.25 --schedule turns --router-lr 0.01 --alpha-lr 0.02 --held-out 1"
+        " --keeps 0.5,0.25 --schedule turns --router-lr 0.01 --alpha-lr 0.02 --final-lr 0.5"
+        " --held-out 1"
         " --checkpoint-every 1 --method sla2 --block-q 32 --block-k 64 --precision bf16"
         " --score-norm softmax --tokens raster --tile 2,2,2 --router head --alpha head",
         f"calibrate --model {out['m']} --data {clips} --out {out['s']} --resume --steps 3 --batch 2"
-        " --keeps 0.5,0.25 --schedule turns --router-lr 0.01 --alpha-lr 0.02 --held-out 1"
+        " --keeps 0.5,0.25 --schedule turns --router-lr 0.01 --alpha-lr 0.02 --final-lr 0.5"
+        " --held-out 1"
         " --block-q 32 --block-k 64 --precision bf16 --score-norm softmax --tokens raster"
         " --tile 2,2,2 --router head --alpha head",
         f"tune --model {out['m']} --sla2 {out['s']} --data {clips}/bars.mp4 --out {out['t']}"
-        " --keep 0.5 --steps 2 --batch 2 --lr 1e-3 --attention-lr-scale 5 --warmup 1"
+        " --keep 0.5 --steps 2 --batch 2 --lr 1e-3 --final-lr 0.5 --alpha-lr-scale 5"
+        " --proj-out-lr-scale 3 --warmup 1"
         " --weight-decay 0.1 --clip-norm 2 --ema 0.9 --accumulation 2 --activation-checkpointing"
         " --checkpoint-every 1",
         f"tune --model {out['m']} --sla2 {out['s']} --data {clips}/bars.mp4 --out {out['t']}"
-        " --resume --keep 0.5 --steps 3 --batch 2 --lr 1e-3 --attention-lr-scale 5 --warmup 1"
+        " --resume --keep 0.5 --steps 3 --batch 2 --lr 1e-3 --final-lr 0.5 --alpha-lr-scale 5"
+        " --proj-out-lr-scale 3 --warmup 1"
         " --weight-decay 0.1 --clip-norm 2 --ema 0.9 --accumulation 2",
         f"generate --model {out['m']} --sla2 {out['t']} --prompt bars --out {out['v.mp4']}"
         f" --steps 2 --guidance 2 --shift 3 --frames {clips}/noise.mp4 --from-t 0.5",
@@ -342,7 +346,7 @@ def test_every_option_of_every_command(clips, tmp_path):
         f" --pass forward --implementation reference --row-seconds 0.01 --minutes 1 --no-rivals"
         f" --repeats 1 --json {out['b.json']}",
         f"demo --out {out['d']} --preset small --data {clips}/noise.mp4 --model {out['m']}"
-        " --stage1-steps 1 --stage2-steps 1 --lr 1e-3 --sampling-steps 1",
+        " --stage1-steps 1 --stage2-steps 1 --lr 1e-3 --sla-lr 1e-3 --sampling-steps 1",
         "info",
     ]
     given = {}

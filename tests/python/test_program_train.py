@@ -116,6 +116,14 @@ def test_bad_clips_are_named_and_skipped(clips, tmp_path, ffmpeg):
     assert "none of" in error_of(pretrain(data, tmp_path / "n", steps=2), 1)
 
 
+def test_two_clips_of_one_name_are_refused(clips, tmp_path):
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "bars.mp4").write_bytes((clips / "bars.mp4").read_bytes())
+    error = error_of(sla2("pretrain", "--data", clips, again, "--out", tmp_path / "m", *TINY), 1)
+    assert str(clips / "bars.mp4") in error and str(again / "bars.mp4") in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -28,7 +28,8 @@ json small_report() {
                         {"psnr_to_full_db", nullptr},
                         {"step_ms", 5}}};
   report["layers"] = {{{"layer", 0}, {"keep", 0.1}, {"error_before", 0.4}, {"error_after", 0.1}}};
-  report["clips"] = {{{"name", "a"}, {"videos", {{{"file", "a.mp4"}}}}}};
+  report["clips"] = {{{"name", "a"}, {"videos", {{{"file", "a.mp4"}, {"cell", 0}}}}}};
+  report["sheet"] = {{"file", "sheet.mp4"}, {"columns", 1}, {"rows", 1}};
   return report;
 }
 
@@ -45,7 +46,7 @@ TEST(Report, Base64) {
 
 TEST(Report, PageHoldsEverythingAndNeedsNoNetwork) {
   const TemporaryFolder folder;
-  io::write_file(folder.path() / "a.mp4", "movie");
+  io::write_file(folder.path() / "sheet.mp4", "movie");
   write_report(small_report(), nullptr, folder.path());
   const std::string page = io::read_file(folder.path() / "report.html", 1 << 20);
   for (const char* section : {"videos", "routing", "speed", "training", "error", "table", "length",
@@ -54,7 +55,10 @@ TEST(Report, PageHoldsEverythingAndNeedsNoNetwork) {
         << section;
   }
   EXPECT_NE(page.find("bW92aWU="), std::string::npos) << "the video is not in the page";
-  EXPECT_EQ(page.find("@SLA2_REPORT_JSON@"), std::string::npos);
+  EXPECT_EQ(page.find("@SLA2_REPORT"), std::string::npos);
+  EXPECT_NE(page.find("<td>full before</td><td>1.00</td><td>0.1000</td><td>-</td><td>5.0</td>"),
+            std::string::npos)
+      << "no table for a browser without scripts";
   EXPECT_EQ(page.find("demo </script>"), std::string::npos) << "data can end its element";
   for (const char* outside : {"http://", "https://", "src=\"//", "@import", "<link"}) {
     EXPECT_EQ(page.find(outside), std::string::npos) << outside;
@@ -126,8 +130,15 @@ TEST(Demo, WholeStoryAndReuse) {
   EXPECT_EQ(report["methods"].size(), 7U);
   for (const json& row : report["methods"]) {
     EXPECT_TRUE(row["val_loss"].is_number()) << row;
+    const bool full = row["method"] == "full", trained = row["stage"] != "before";
+    EXPECT_EQ(row["psnr_denoised_db"].is_number(), !full) << row;
+    EXPECT_EQ(row["psnr_to_full_db"].is_number(), trained) << row;
+    EXPECT_EQ(row["videos"], full || row["stage"] == "tuned" ? 4 : trained ? 2 : 0) << row;
     EXPECT_GT(row["step_ms"].get<double>(), 0) << row;
   }
+  EXPECT_GT(report["machine"]["peak_rss_mb"].get<double>(), 50);
+  EXPECT_GT(report["timing"]["total_s"].get<double>(), 0);
+  EXPECT_FALSE(report["timing"]["resumed"].get<bool>());
   EXPECT_EQ(report["layers"].size(), 6U);
   EXPECT_EQ(report["losses"]["stage2"][1]["points"].size(), 4U) << "SLA gets the steps of both";
   EXPECT_TRUE(std::filesystem::exists(options.out / "report.html"));
@@ -137,11 +148,17 @@ TEST(Demo, WholeStoryAndReuse) {
   EXPECT_EQ(again["losses"], report["losses"]);
   EXPECT_EQ(again["timing"]["stages"][0], report["timing"]["stages"][0]);
   EXPECT_EQ(again["clips"], report["clips"]);
+  EXPECT_TRUE(again["timing"]["resumed"].get<bool>());
 
   options.stage2_steps = 3;
   const json longer = run_demo(options, silent.run);
   EXPECT_EQ(longer["losses"]["stage1"], report["losses"]["stage1"]);
   EXPECT_EQ(longer["losses"]["stage2"][0]["points"].size(), 3U);
+
+  // Another clip under the same name: everything again.
+  std::filesystem::copy_file(folder.path() / "bars.mp4", folder.path() / "stripes.mp4",
+                             std::filesystem::copy_options::overwrite_existing);
+  EXPECT_NE(run_demo(options, silent.run)["losses"]["stage1"], report["losses"]["stage1"]);
 }
 
 TEST(Demo, AnotherSizeTrainsTheModelFirst) {

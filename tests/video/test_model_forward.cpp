@@ -179,11 +179,28 @@ TEST(Transformer, ObserverSeesEveryLayerOnce) {
         EXPECT_EQ(t.sizes(), (std::vector<std::int64_t>{2, 2, 210, 32}));
         EXPECT_EQ(t.stride(3), 1);
       }
+      return torch::Tensor();
     });
     model->set_activation_checkpointing(recompute);
     model->forward(in.x, in.timestep, in.text).sum().backward();
     EXPECT_EQ(layers, (std::vector<std::int64_t>{0, 1, 2}));
   }
+}
+
+TEST(Transformer, TakesAnObserversAttention) {
+  const torch::NoGradGuard no_grad;
+  WanTransformer model = small_model();
+  const SmallInputs in;
+  const torch::Tensor plain = model->forward(in.x, in.timestep, in.text);
+  const auto forward = [&](double factor) {
+    model->set_observer([=](std::int64_t layer, const torch::Tensor& q, const torch::Tensor& k,
+                            const torch::Tensor& v) {
+      return layer == 1 ? factor * at::scaled_dot_product_attention(q, k, v) : torch::Tensor();
+    });
+    return model->forward(in.x, in.timestep, in.text);
+  };
+  EXPECT_TRUE(forward(1).equal(plain));
+  EXPECT_FALSE(forward(2).allclose(plain));
 }
 
 TEST(Transformer, NamesTheFirstLayerThatIsNotFinite) {

@@ -39,7 +39,7 @@ TEST_F(TrainerTest, AgreesWithTorchsAdamW) {
   const torch::Tensor target = torch::tensor({{1.0F, -2.0F}, {3.0F, 0.5F}});
   const auto loss_of = [&](const torch::Tensor& w) { return (w - target).pow(4).sum(); };
   const double clip = 5;
-  Trainer trainer({{"w", ours}},
+  Trainer trainer({{"w", ours, 1.0, /*decays=*/true}},
                   {.steps = 50, .lr = 0.05, .warmup = 0, .clip_norm = clip, .ema_decay = 0},
                   folder_, {});
   trainer.train([&](std::int64_t, std::int64_t) { return loss_of(ours); }, run_);
@@ -54,6 +54,22 @@ TEST_F(TrainerTest, AgreesWithTorchsAdamW) {
   EXPECT_TRUE(torch::allclose(ours, theirs, 1e-4, 1e-5)) << ours << theirs;
   EXPECT_EQ(trainer.losses().size(), 50U);
   EXPECT_LT(trainer.losses().back(), trainer.losses().front());
+}
+
+TEST_F(TrainerTest, DecaysMatricesAlone) {
+  torch::nn::Linear module(2, 2);
+  module->register_parameter("scale_shift_table", torch::ones({2, 2}));
+  for (const TrainedParameter& parameter : trained_parameters(*module)) {
+    EXPECT_EQ(parameter.decays, parameter.name == "weight") << parameter.name;
+  }
+  torch::Tensor matrix = leaf(), table = leaf();
+  Trainer trainer({{"matrix", matrix, 1.0, /*decays=*/true}, {"table", table}},
+                  {.steps = 2, .lr = 0.1, .warmup = 0, .weight_decay = 0.5, .ema_decay = 0},
+                  folder_, {});
+  const auto loss = [&](std::int64_t, std::int64_t) { return 0 * (matrix + table).sum(); };
+  trainer.train(loss, run_);
+  EXPECT_TRUE(table.equal(leaf()));
+  EXPECT_TRUE(torch::allclose(matrix, leaf() * (1 - 0.1 * 0.5) * (1 - 0.1 * 0.5)));
 }
 
 TEST_F(TrainerTest, AccumulationAverages) {

@@ -18,7 +18,7 @@ extern const std::size_t kReportTemplateSize;
 
 namespace {
 
-constexpr std::string_view kMarker = "@SLA2_REPORT_JSON@";
+constexpr std::string_view kMarker = "@SLA2_REPORT_JSON@", kTableMarker = "@SLA2_REPORT_TABLE@";
 constexpr std::size_t kMaxVideoBytes = std::size_t{64} << 20;
 
 void need(bool good, const std::string& where, const char* rule, const json& value) {
@@ -54,16 +54,56 @@ void check_methods(const json& methods) {
   }
 }
 
-json read_media(const json& clips, const std::filesystem::path& folder) {
+json read_media(const json& report, const std::filesystem::path& folder) {
   json media = json::object();
-  for (const json& clip : clips) {
-    for (const json& video : member(clip, "videos", "clips[]")) {
-      const std::string file = member(video, "file", "videos[]").get<std::string>();
-      const std::string bytes = io::read_file(folder / file, kMaxVideoBytes);
-      media[file] = base64(std::as_bytes(std::span(bytes)));
+  if (!report.contains("sheet")) return media;
+  const std::string file = member(report["sheet"], "file", "sheet").get<std::string>();
+  const std::string bytes = io::read_file(folder / file, kMaxVideoBytes);
+  media[file] = base64(std::as_bytes(std::span(bytes)));
+  return media;
+}
+
+std::string escaped(const std::string& text) {
+  std::string result;
+  for (const char c : text) {
+    switch (c) {
+      case '<':
+        result += "&lt;";
+        break;
+      case '>':
+        result += "&gt;";
+        break;
+      case '&':
+        result += "&amp;";
+        break;
+      case '"':
+        result += "&quot;";
+        break;
+      default:
+        result += c;
     }
   }
-  return media;
+  return result;
+}
+
+/// The methods as a plain table, for a browser that runs no script.
+std::string static_table(const json& methods) {
+  std::string rows;
+  const auto cell = [](const json& row, const char* key, int digits) {
+    const json value = row.value(key, json());
+    return value.is_number() ? fmt::format("{:.{}f}", value.get<double>(), digits)
+                             : std::string("-");
+  };
+  for (const json& row : methods) {
+    rows += fmt::format("<tr><td>{} {}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+                        escaped(row.at("method").get<std::string>()),
+                        escaped(row.at("stage").get<std::string>()), cell(row, "keep", 2),
+                        cell(row, "val_loss", 4), cell(row, "psnr_to_full_db", 1),
+                        cell(row, "step_ms", 1));
+  }
+  return "<table><tr><th>Method</th><th>Keep</th><th>Validation loss</th><th>PSNR to full, dB</th>"
+         "<th>Step, ms</th></tr>" +
+         rows + "</table>";
 }
 
 }  // namespace
@@ -106,15 +146,17 @@ std::string report_page(const json& report, const json& routing,
   check_report(report);
   json data = report;
   data["routing"] = routing;
-  data["media"] = read_media(report.at("clips"), folder);
+  data["media"] = read_media(report, folder);
   const std::string text =
       data.dump(-1, ' ', /*ensure_ascii=*/true, json::error_handler_t::replace);
   const std::string_view page(reinterpret_cast<const char*>(kReportTemplate), kReportTemplateSize);
-  const std::size_t at = page.find(kMarker);
-  if (at == std::string_view::npos) {
+  const std::size_t table = page.find(kTableMarker), at = page.find(kMarker);
+  if (table == std::string_view::npos || at == std::string_view::npos || table > at) {
     throw Error(ErrorKind::kRuntime, "report: the page's template has no place for the data");
   }
-  std::string result(page.substr(0, at));
+  std::string result(page.substr(0, table));
+  result += static_table(report.at("methods"));
+  result += page.substr(table + kTableMarker.size(), at - table - kTableMarker.size());
   result.reserve(page.size() + text.size() + 1024);
   // "</script>" inside the data would end the element that holds it.
   for (const char c : text) {
