@@ -25,7 +25,7 @@ double seconds_of(const std::function<void()>& run);
 
 /// The tensors that all cases of one shape share, random normal, and one workspace.
 struct Data;
-std::shared_ptr<Data> make_data(const Problem& shape);
+std::shared_ptr<Data> make_data(const Problem& p);
 
 /// One problem on shared data: the router is the identity, alpha 1/2.
 class Operator {

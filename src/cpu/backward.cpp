@@ -91,9 +91,13 @@ void back_pairs(Call& call) {
   }
 }
 
+void done(const Context& context, const char* stage) {
+  if (context.after_stage != nullptr) (*context.after_stage)(stage);
+}
+
 /// All of one query head: adds to d_k, d_v and to the parameter gradients.
 void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool learns_router,
-               std::int64_t b, std::int64_t h) {
+               std::int64_t b, std::int64_t h, const Context& context) {
   const Job& job = call.job;
   Back& back = call.back;
   const BackStages& kernels = call.kernels.back;
@@ -104,10 +108,13 @@ void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool 
   weigh(call, h, job.soft ? nullptr : saved.routing.blocks + row * call.L, call.own.logits);
   invert_routing(call);
   back.needs_pairs = learns_router || wants_keys(back) || back.d_q_out.data != nullptr;
+  done(context, "route");
 
   run(call, kernels.weigh, (M + kBlockTile - 1) / kBlockTile);
   run(call, kernels.sum_key_blocks, num_panel_groups(call.problem));
+  done(context, "sum_blocks");
   back_pairs(call);
+  done(context, "pairs");
   if (learns_router) {
     if (job.scope_all) {
       std::fill_n(back.l, M * job.k_blocks, 0.0F);
@@ -118,6 +125,7 @@ void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool 
   if (wants_keys(back)) {
     run(call, kernels.sum_query_blocks, num_panel_groups(call.problem));
     run(call, kernels.linear_keys, job.k_blocks);
+    done(context, "linear_keys");
   }
   if (gradients.d_alpha_logit != nullptr) {
     const std::int64_t columns = call.problem.alpha_blocks;
@@ -132,6 +140,7 @@ void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool 
     });
   }
   if (learns_router) back_router(call, h, gradients.d_proj_q, gradients.d_proj_k);
+  done(context, "parameters");
 }
 
 void zero_rows(const View& view, std::int64_t b, std::int64_t h, std::int64_t first) {
@@ -204,11 +213,15 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
         run(call, kernels.pool_keys, job.k_blocks);
       }
       run(call, kernels.back.pack_keys, job.k_blocks);
+      done(context, "pack_keys");
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         select_saved(call, saved, d_out, gradients, b, h);
-        back_head(call, saved, gradients, learns_router, b, h);
+        back_head(call, saved, gradients, learns_router, b, h, context);
       }
-      if (wants_keys(back)) write_keys(call, gradients, b, kv);
+      if (wants_keys(back)) {
+        write_keys(call, gradients, b, kv);
+        done(context, "write_keys");
+      }
     }
   }
 }

@@ -136,6 +136,9 @@ TEST(Suite, WritesEveryRowOfItsGrid) {
     EXPECT_GE(row.at("ms_q3"), row.at("ms_median"));
     EXPECT_GT(row.at("roofline_share"), 0);
     EXPECT_GT(row.at("workspace_mib"), 0);
+    double stages = 0;
+    for (const auto& ms : row.at("stages_ms")) stages += ms.get<double>();
+    EXPECT_GT(stages, 0);
   }
   EXPECT_GT(lines.size(), report.at("rows").size());
 }
@@ -203,7 +206,9 @@ TEST(Suite, ReportsOfAnotherFormAreRefused) {
     EXPECT_THROW(check_report(other), Error) << field;
     other = report;
     other["rows"][0][field] = nlohmann::json::array({nullptr});
-    if (std::string(field) != "shape") EXPECT_THROW(check_report(other), Error) << field;
+    if (std::string(field) != "shape") {
+      EXPECT_THROW(check_report(other), Error) << field;
+    }
   }
 }
 

@@ -129,8 +129,9 @@ struct ParityCase {
   std::vector<std::int64_t> key_lengths;
 };
 
-/// What a forward, and a backward behind it, left in the call against the reference in double, under
-/// the routing that the call holds; the naive run is the reference in float and in the same format.
+/// What a forward, and a backward behind it, left in the call against the reference in double,
+/// under the routing that the call holds; the naive run is the reference in float and in the same
+/// format.
 void expect_forward(Call& call);
 void expect_backward(Call& call);
 /// Forward and backward of an implementation, both judged.
