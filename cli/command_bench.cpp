@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/stage_options.h"
 #include "io/config_json.h"
 #include "io/files.h"
 #include "video/bench.h"
@@ -25,8 +26,9 @@ class Bench final : public Command {
     options.add("--keep", keep_, "fraction of key blocks kept").range(1e-6, 1);
     options.add("--precision", precision_, "of the sparse branch")
         .one_of({"int8", "fp8", "bf16", "fp32"});
-    options.add("--block-q", config_.block_q, "tokens of a query block");
-    options.add("--block-k", config_.block_k, "tokens of a key block");
+    options.add("--block-q", config_.block_q, "tokens of a query block")
+        .one_of_numbers(kBlockSizes);
+    options.add("--block-k", config_.block_k, "tokens of a key block").one_of_numbers(kBlockSizes);
     options.add("--repeats", repeats_, "timed rounds").range(1, 10000);
     options.add("--model", model_, "folder of the model, for model");
     options.add("--sla2", sla2_, "folder of SLA2 weights, for model");
@@ -54,9 +56,8 @@ class Bench final : public Command {
                    stage.seconds.median * 1e3);
       }
     } else if (what_ == "model") {
-      if (model_.empty() || sla2_.empty()) {
-        throw UsageError("bench model needs --model and --sla2");
-      }
+      if (sla2_.empty()) throw UsageError("bench model needs --sla2");
+      settle_model(model_, sla2_, session.run.progress);
       video::Denoiser denoiser = video::load_denoiser(model_, session.run.device, sla2_);
       rows = video::bench_model(denoiser, repeats_, session.run);
     } else {
