@@ -46,7 +46,7 @@ class Bench final : public Command {
   }
 
   void run(Session& session) override {
-    check_precision(precision_, session);
+    for (const std::string& precision : precision_) check_precision(precision, session);
     nlohmann::json report{{"command", session.command_line},
                           {"device", session.run.device.str()},
                           {"options", session.options.effective()}};
