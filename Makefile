@@ -18,9 +18,7 @@ lint: setup
 	@tools/lint.sh
 
 format: setup
-	@git ls-files -z '*.cpp' '*.h' '*.inc' | xargs -0 clang-format -i
-	@.venv/bin/ruff check --fix --quiet python tests
-	@.venv/bin/ruff format --quiet python tests
+	@tools/format.sh
 
 wheel: setup
-	@.venv/bin/pip wheel . --no-deps --wheel-dir dist
+	@.venv/bin/pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist

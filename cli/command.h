@@ -15,7 +15,7 @@ namespace sla2::cli {
 /// Handed to a running command.
 struct Session {
   video::Run& run;         // device, seed, progress, stop flag
-  const Options& options;  // given(), effective()
+  const Options& options;  // effective(), identity()
   /// Saves the effective configuration in the folder as {command}.json: behind the work, so that a
   /// run that is refused leaves that of an earlier one beside its results.
   void save_options(const std::filesystem::path& folder) const;

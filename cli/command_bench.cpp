@@ -10,6 +10,8 @@
 
 #include "bench/suite.h"
 #include "cli/command.h"
+#include "cli/precision.h"
+#include "cli/stage_options.h"
 #include "io/config_json.h"
 #include "io/files.h"
 #include "video/bench.h"
@@ -30,8 +32,9 @@ class Bench final : public Command {
         .range(1e-6, 1);
     options.add("--precision", precision_, "of the sparse branch: int8,bf16,fp32 (a GPU: fp8 too)");
     options.add("--pass", pass_, "forward,backward");
-    options.add("--block-q", config_.block_q, "tokens of a query block");
-    options.add("--block-k", config_.block_k, "tokens of a key block");
+    options.add("--block-q", config_.block_q, "tokens of a query block")
+        .one_of_numbers(kBlockSizes);
+    options.add("--block-k", config_.block_k, "tokens of a key block").one_of_numbers(kBlockSizes);
     options.add("--implementation", implementation_, "of the operator on the CPU, by name");
     options.add("--repeats", repeats_, "timed rounds at most").range(1, 10000);
     options.add("--row-seconds", row_seconds_, "time of a row's repetitions").above(0, 3600);
@@ -43,6 +46,7 @@ class Bench final : public Command {
   }
 
   void run(Session& session) override {
+    check_precision(precision_, session);
     nlohmann::json report{{"command", session.command_line},
                           {"device", session.run.device.str()},
                           {"options", session.options.effective()}};
@@ -51,9 +55,8 @@ class Bench final : public Command {
     } else if (what_ == "op") {
       report.update(on_gpu(session));
     } else if (what_ == "model") {
-      if (model_.empty() || sla2_.empty()) {
-        throw UsageError("bench model needs --model and --sla2");
-      }
+      if (sla2_.empty()) throw UsageError("bench model needs --sla2");
+      settle_model(model_, sla2_, session.run.progress);
       video::Denoiser denoiser = video::load_denoiser(model_, session.run.device, sla2_);
       report["rows"] = print(video::bench_model(denoiser, repeats_, session.run));
     } else {

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/precision.h"
 #include "cli/stage_options.h"
 #include "io/files.h"
 #include "sla2/error.h"
@@ -23,7 +24,7 @@ class Calibrate final : public Command {
   void declare(Options& options) override {
     inputs_.declare(options);
     options.add("--out", out_, "folder of the SLA2 weights").required().no_effect();
-    options.add("--resume", resume_, "continue from the checkpoint in --out").no_effect();
+    options.add("--resume", resume_, "continue from the checkpoint in --out").action();
     options.add("--steps", settings_.steps, "forward passes of the model").range(1, 1e9);
     options.add("--batch", settings_.batch, "windows per step").range(1, 4096);
     options
@@ -47,8 +48,8 @@ class Calibrate final : public Command {
         .range(1, 1e9)
         .no_effect();
     options.add("--method", method_, "sla2 or sla").one_of({"sla2", "sla"});
-    options.add("--block-q", block_q_, "tokens in a query block").range(32, 256);
-    options.add("--block-k", block_k_, "tokens in a key block").range(32, 256);
+    options.add("--block-q", block_q_, "tokens in a query block").one_of_numbers(kBlockSizes);
+    options.add("--block-k", block_k_, "tokens in a key block").one_of_numbers(kBlockSizes);
     options.add("--precision", precision_, "forward products of the sparse branch")
         .one_of({"int8", "fp8", "bf16", "fp32"});
     options.add("--score-norm", score_norm_, "what SoftTop-k takes").one_of({"none", "softmax"});
@@ -59,6 +60,7 @@ class Calibrate final : public Command {
   }
 
   void run(Session& session) override {
+    check_precision(precision_, session);
     if (tile_.size() != 3) {
       throw UsageError(fmt::format("--tile must have 3 numbers, got {}", tile_.size()));
     }
@@ -71,9 +73,14 @@ class Calibrate final : public Command {
                                                 {"score_norm", score_norm_}});
     settings_.schedule =
         schedule_ == "all" ? video::KeepSchedule::kAll : video::KeepSchedule::kTurns;
+    inputs_.settle({}, session.run.progress);
     video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device);
+    if (resume_ && method_ == "sla2") {
+      require_checkpoint(out_);
+    } else if (!resume_) {
+      refuse_earlier_run(out_);
+    }
     io::make_output_folder(out_);
-    if (resume_) require_checkpoint(out_);
     const auto dataset = inputs_.open(denoiser, session.run);
     video::TokenOrder order;
     order.kind = order_ == "tiles" ? video::TokenOrderKind::kTiles : video::TokenOrderKind::kRaster;
@@ -82,6 +89,8 @@ class Calibrate final : public Command {
     start.router =
         router_ == "layer" ? sla2::nn::RouterShape::kLayer : sla2::nn::RouterShape::kHead;
     start.alpha = alpha_ == "block" ? sla2::nn::AlphaShape::kBlock : sla2::nn::AlphaShape::kHead;
+    settings_.identity = session.options.identity();
+    settings_.identity.erase("steps");
     settings_.flow.prediction = denoiser.prediction();
     const video::CalibrateResult result =
         video::calibrate(denoiser, *dataset, start, settings_, session.run, out_, resume_);

@@ -37,29 +37,42 @@ class Demo final : public Command {
 
   void run(Session& session) override {
     video::DemoOptions demo = video::demo_preset(preset_);
-    const Options& given = session.options;
     demo.out = out_;
-    demo.model = model_.empty() ? video::default_model() : model_;
+    if (model_.empty()) model_ = video::default_model();
+    demo.model = model_;
     demo.train_inputs = video::default_clips();
     if (!data_.empty()) demo.own_inputs = io::list_videos(data_);
     demo.command = session.command_line;
-    if (given.given("--stage1-steps")) demo.stage1_steps = stage1_steps_;
-    if (given.given("--stage2-steps")) demo.stage2_steps = stage2_steps_;
-    if (given.given("--lr")) demo.sla2_lr = lr_;
-    if (given.given("--sla-lr")) demo.sla_lr = sla_lr_;
-    if (given.given("--sampling-steps")) demo.sampling_steps = sampling_steps_;
+    settle(stage1_steps_, demo.stage1_steps);
+    settle(stage2_steps_, demo.stage2_steps);
+    settle(lr_, demo.sla2_lr);
+    settle(sla_lr_, demo.sla_lr);
+    settle(sampling_steps_, demo.sampling_steps);
     io::make_output_folder(out_);
     session.save_options(out_);
-    video::run_demo(demo, session.run);
+    try {
+      video::run_demo(demo, session.run);
+    } catch (const video::Interrupted&) {
+      throw video::Interrupted(
+          fmt::format("interrupted; what is done lies in {}, the same command goes on from there",
+                      out_.string()));
+    }
     fmt::print("report: {}\n", std::filesystem::absolute(out_ / "report.html").string());
   }
 
  private:
+  /// The option wins over the preset; without it the preset's is what is saved.
+  template <typename T>
+  static void settle(std::optional<T>& option, T& setting) {
+    if (option) setting = *option;
+    option = setting;
+  }
+
   std::filesystem::path out_ = "out/demo", model_;
   std::vector<std::filesystem::path> data_;
   std::string preset_ = "small";
-  std::int64_t stage1_steps_ = 30, stage2_steps_ = 40, sampling_steps_ = 12;
-  double lr_ = 3e-5, sla_lr_ = 7e-5;
+  std::optional<std::int64_t> stage1_steps_, stage2_steps_, sampling_steps_;
+  std::optional<double> lr_, sla_lr_;
 };
 
 }  // namespace

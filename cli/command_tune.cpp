@@ -26,9 +26,11 @@ class Tune final : public Command {
     train.ema_decay = 0;
     train.checkpoint_every = 50;
     inputs_.declare(options);
-    options.add("--sla2", sla2_, "folder of SLA2 weights (of calibrate)").required();
+    options.add("--sla2", sla2_, "folder of SLA2 weights (of calibrate)")
+        .required()
+        .compared_by([this] { return video::contents_of_sla2(sla2_); });
     options.add("--out", out_, "folder of the tuned weights and model").required().no_effect();
-    options.add("--resume", resume_, "continue from the checkpoint in --out").no_effect();
+    options.add("--resume", resume_, "continue from the checkpoint in --out").action();
     options.add("--keep", keep_, "fraction of key blocks (default: the one in sla2.json)")
         .above(0, 1);
     options.add("--steps", train.steps, "training steps").range(1, 1e9).no_effect();
@@ -56,18 +58,24 @@ class Tune final : public Command {
   }
 
   void run(Session& session) override {
+    inputs_.settle(sla2_, session.run.progress);
     video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device, sla2_);
     video::Sla2Weights weights = video::load_sla2(sla2_);
-    if (session.options.given("--keep")) weights.config.keep = keep_;
+    weights.config.keep = keep_.value_or(weights.config.keep);
+    keep_ = weights.config.keep;
     weights.config.routing = RoutingMode::kHard;
+    if (resume_) {
+      require_checkpoint(out_);
+    } else {
+      refuse_earlier_run(out_);
+    }
     io::make_output_folder(out_);
-    if (resume_) require_checkpoint(out_);
     const auto dataset = inputs_.open(denoiser, session.run);
     denoiser.transformer->set_activation_checkpointing(checkpointing_);
     settings_.flow.prediction = denoiser.prediction();
     const video::TuneResult result =
         video::tune(denoiser, *dataset, weights, settings_, session.run, out_,
-                    session.options.effective(true), resume_);
+                    session.options.identity(), resume_);
     session.save_options(out_);
     fmt::print("{}: {} steps, loss {:.4f} -> {:.4f}\n", out_.string(), result.losses.size(),
                result.losses.front(), result.losses.back());
@@ -77,7 +85,7 @@ class Tune final : public Command {
   StageInputs inputs_;
   std::filesystem::path sla2_, out_;
   bool resume_ = false, checkpointing_ = false;
-  double keep_ = 0.03;
+  std::optional<double> keep_;
   video::TuneOptions settings_;
 };
 

@@ -80,12 +80,31 @@ int fail(int code, const std::string& message) {
   return code;
 }
 
+/// As a shell takes it for one word.
+std::string quoted(const std::string& word) {
+  constexpr const char* kPlain =
+      "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_@%+=:,./-";
+  if (!word.empty() && word.find_first_not_of(kPlain) == std::string::npos) return word;
+  std::string result = "'";
+  for (const char c : word) result += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return result + "'";
+}
+
+torch::Device device_of(const std::string& name) {
+  try {
+    return video::open_device(name);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kInvalidArgument) throw;
+    throw UsageError(std::string("--") + error.what());
+  }
+}
+
 void run_entry(Entry& entry, const std::string& command_line) {
   entry.options->finish();
   ProgressBar progress;
   // Asked for even where no GPU is wanted: it must come before torch's first answer about CUDA.
   const torch::Device device =
-      entry.command->needs_device() ? video::open_device(entry.device) : torch::Device(torch::kCPU);
+      entry.command->needs_device() ? device_of(entry.device) : torch::Device(torch::kCPU);
   if (device.is_cuda()) {
     const c10::DeviceGuard guard(device);
     static_cast<void>(self_test(true));  // a wrong kernel is an error, before any work
@@ -97,6 +116,9 @@ void run_entry(Entry& entry, const std::string& command_line) {
   // in denormals, and arithmetic on them made the backward of stage 1 five times as slow.
   at::globalContext().setFlushDenormal(true);
   if (entry.threads > 0) torch::set_num_threads(static_cast<int>(entry.threads));
+  // What is saved says what ran, not "auto".
+  entry.device = device.str();
+  entry.threads = torch::get_num_threads();
   video::Run run{.device = device, .seed = entry.seed, .progress = progress, .stop = &stop_flag};
   Session session{.run = run,
                   .options = *entry.options,
@@ -116,8 +138,8 @@ int run_program(int argc, char** argv) {
     if (error.get_exit_code() == 0) return app.exit(error);
     return fail(kUsage, fmt::format("{} (see sla2 --help)", error.what()));
   }
-  std::string command_line = "sla2";
-  for (int i = 1; i < argc; ++i) command_line += std::string(" ") + argv[i];
+  std::string command_line = quoted(argv[0]);
+  for (int i = 1; i < argc; ++i) command_line += " " + quoted(argv[i]);
   std::signal(SIGINT, on_signal);
   std::signal(SIGTERM, on_signal);
   std::signal(SIGPIPE, SIG_IGN);

@@ -21,11 +21,18 @@ template <typename T>
 struct IsList<std::vector<T>> : std::true_type {};
 
 template <typename T>
+struct IsOptional : std::false_type {};
+template <typename T>
+struct IsOptional<std::optional<T>> : std::true_type {};
+
+template <typename T>
 nlohmann::json to_value(const T& value) {
   if constexpr (IsList<T>::value) {
     nlohmann::json list = nlohmann::json::array();
     for (const auto& element : value) list.push_back(to_value(element));
     return list;
+  } else if constexpr (IsOptional<T>::value) {
+    return value ? nlohmann::json(*value) : nlohmann::json();
   } else if constexpr (std::is_same_v<T, std::filesystem::path>) {
     return value.string();
   } else {
@@ -52,6 +59,10 @@ void from_value(const nlohmann::json& json, const std::string& key, T& value) {
     T list;
     for (const auto& element : json) from_value(element, key, list.emplace_back());
     value = std::move(list);
+  } else if constexpr (IsOptional<T>::value) {
+    typename T::value_type read{};
+    from_value(json, key, read);
+    value = read;
   } else if constexpr (std::is_same_v<T, std::int64_t>) {
     if (!json.is_number_integer() ||
         (json.is_number_unsigned() &&
@@ -114,6 +125,11 @@ Option& Option::one_of(std::vector<std::string> values) {
   return *this;
 }
 
+Option& Option::one_of_numbers(std::vector<std::int64_t> values) {
+  numbers = std::move(values);
+  return *this;
+}
+
 Option& Option::required() {
   is_required = true;
   return *this;
@@ -121,6 +137,16 @@ Option& Option::required() {
 
 Option& Option::no_effect() {
   affects_results = false;
+  return *this;
+}
+
+Option& Option::action() {
+  is_action = true;
+  return no_effect();
+}
+
+Option& Option::compared_by(std::function<std::string()> of_contents) {
+  identity = std::move(of_contents);
   return *this;
 }
 
@@ -140,7 +166,8 @@ Option& Options::add(const std::string& flag, T& value, const std::string& help)
     option.cli = app_.add_flag(flag, value, help);
   } else {
     option.cli = app_.add_option(flag, value, help);
-    if constexpr (std::is_same_v<T, std::int64_t> || std::is_same_v<T, std::vector<std::int64_t>>) {
+    if constexpr (std::is_same_v<T, std::int64_t> || std::is_same_v<T, std::vector<std::int64_t>> ||
+                  std::is_same_v<T, std::optional<std::int64_t>>) {
       option.cli->check(whole_number_error, "");
     }
     const nlohmann::json start = to_value(value);
@@ -163,6 +190,8 @@ Option& Options::add(const std::string& flag, T& value, const std::string& help)
 template Option& Options::add(const std::string&, bool&, const std::string&);
 template Option& Options::add(const std::string&, std::int64_t&, const std::string&);
 template Option& Options::add(const std::string&, double&, const std::string&);
+template Option& Options::add(const std::string&, std::optional<std::int64_t>&, const std::string&);
+template Option& Options::add(const std::string&, std::optional<double>&, const std::string&);
 template Option& Options::add(const std::string&, std::string&, const std::string&);
 template Option& Options::add(const std::string&, std::filesystem::path&, const std::string&);
 template Option& Options::add(const std::string&, std::vector<std::int64_t>&, const std::string&);
@@ -177,7 +206,12 @@ void Options::positional(const std::string& name, std::string& value, const std:
 
 void Options::read_config() {
   if (config_file_.empty()) return;
-  const nlohmann::json json = io::read_json(config_file_);
+  nlohmann::json json;
+  try {
+    json = io::read_json(config_file_);
+  } catch (const Error& error) {
+    throw UsageError(fmt::format("--config: {}", error.what()));
+  }
   if (!json.is_object()) throw UsageError(config_file_ + ": must be a JSON object");
   for (const auto& [key, value] : json.items()) {
     const auto found = std::find_if(options_.begin(), options_.end(),
@@ -190,7 +224,7 @@ void Options::read_config() {
       throw UsageError(fmt::format("{}: unknown key \"{}\", did you mean \"{}\"?", config_file_,
                                    key, (*nearest)->key));
     }
-    if ((*found)->given) continue;  // the command line wins
+    if ((*found)->given || value.is_null()) continue;  // the command line wins
     (*found)->read(value);
     (*found)->given = true;
   }
@@ -216,6 +250,12 @@ void Options::check(const Option& option) {
       throw UsageError(fmt::format("{} must be one of {}, got {}", option.flag,
                                    fmt::join(option.choices, ", "), one.dump()));
     }
+    if (!option.numbers.empty() && one.is_number_integer() &&
+        std::find(option.numbers.begin(), option.numbers.end(), one.get<std::int64_t>()) ==
+            option.numbers.end()) {
+      throw UsageError(fmt::format("{} must be one of {}, got {}", option.flag,
+                                   fmt::join(option.numbers, ", "), one.dump()));
+    }
   };
   if (value.is_array()) {
     for (const auto& one : value) check_one(one);
@@ -230,16 +270,19 @@ void Options::finish() {
   for (const auto& option : options_) check(*option);
 }
 
-bool Options::given(const std::string& flag) const {
-  const auto found = std::find_if(options_.begin(), options_.end(),
-                                  [&](const auto& option) { return option->flag == flag; });
-  return found != options_.end() && (*found)->given;
-}
-
-nlohmann::json Options::effective(bool results_only) const {
+nlohmann::json Options::effective() const {
   nlohmann::json json = nlohmann::json::object();
   for (const auto& option : options_) {
-    if (!results_only || option->affects_results) json[option->key] = option->write();
+    if (!option->is_action) json[option->key] = option->write();
+  }
+  return json;
+}
+
+nlohmann::json Options::identity() const {
+  nlohmann::json json = nlohmann::json::object();
+  for (const auto& option : options_) {
+    if (!option->affects_results) continue;
+    json[option->key] = option->identity ? nlohmann::json(option->identity()) : option->write();
   }
   return json;
 }

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -31,8 +32,14 @@ class Option {
   Option& one_of(std::vector<std::string> values);
   /// Must be given, on the command line or in the file.
   Option& required();
+  Option& one_of_numbers(std::vector<std::int64_t> values);
   /// Does not change results: left out of what --resume compares.
   Option& no_effect();
+  /// What to do, no setting (--resume): not saved, so that a saved configuration can be repeated.
+  Option& action();
+  /// Files or folders that are read: --resume compares what `identity` says of their contents
+  /// instead of their names.
+  Option& compared_by(std::function<std::string()> identity);
 
  private:
   friend class Options;
@@ -40,10 +47,12 @@ class Option {
   CLI::Option* cli = nullptr;
   std::function<void(const nlohmann::json&)> read;  // from the config file
   std::function<nlohmann::json()> write;
-  bool is_required = false, given = false, affects_results = true;
+  std::function<std::string()> identity;
+  bool is_required = false, given = false, affects_results = true, is_action = false;
   double low = 0, high = 0;
   bool has_range = false, low_open = false;
   std::vector<std::string> choices;
+  std::vector<std::int64_t> numbers;
 };
 
 class Options {
@@ -51,8 +60,10 @@ class Options {
   explicit Options(CLI::App& app);
   ~Options();
 
-  /// T: bool (a switch), std::int64_t, double, std::string, std::filesystem::path, and vectors of
-  /// the last four. `value` holds the default and must outlive this object.
+  /// T: bool (a switch), std::int64_t, double, std::string, std::filesystem::path, vectors of the
+  /// last four, and optional std::int64_t and double, whose default the command fills in before it
+  /// saves the options (null: does not apply). `value` holds the default and must outlive this
+  /// object.
   template <typename T>
   Option& add(const std::string& flag, T& value, const std::string& help);
 
@@ -63,10 +74,11 @@ class Options {
   /// ranges, choices and required options. Throws UsageError or sla2::Error (an unreadable file).
   void finish();
 
-  /// Whether the option was given, on the command line or in the file.
-  [[nodiscard]] bool given(const std::string& flag) const;
-  /// Every option with its value in effect; `results_only`: without those marked no_effect().
-  [[nodiscard]] nlohmann::json effective(bool results_only = false) const;
+  /// Every option with its value in effect: what --config repeats the run with.
+  [[nodiscard]] nlohmann::json effective() const;
+  /// What a resumed run must agree in: without options marked no_effect(), and with the contents of
+  /// files in the place of their names.
+  [[nodiscard]] nlohmann::json identity() const;
 
  private:
   void read_config();

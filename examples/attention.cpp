@@ -1,5 +1,8 @@
 // Sparse-linear attention over 1024 random tokens in 4 heads, on two threads.
+#include <array>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <random>
 #include <vector>

@@ -17,12 +17,12 @@ FORMATS = ["int8", "fp8", "bf16", "fp16", "fp32"]
 MOST_REGISTERS = 255
 # Bytes stored a thread. Four main kernels are held to few registers, so that two blocks share a
 # multiprocessor, or fill them with sums: they may spill a little (keys_kernel where key blocks have
-# more than 64 rows). Other main kernels may put two
+# more than 64 rows; attend_kernel and sums_kernel on 10.0 and 12.0). Other main kernels may put two
 # registers aside; the rest (head sizes over 128, inputs of several bf16 terms) more.
 SPILLS_OF = {
-    "attend_kernel": 80,
+    "attend_kernel": 96,
     "keys_kernel": 224,
-    "sums_kernel": 32,
+    "sums_kernel": 64,
     "sparse_keys_kernel": 16,
 }
 SPILLS_OF_MAIN = 8

@@ -18,10 +18,25 @@ if ((${#missing[@]})); then
   DEBIAN_FRONTEND=noninteractive $sudo $install -qq > /dev/null
 fi
 
-[ -x .venv/bin/python ] || python3 -m venv .venv
+need() {  # program, found version, wanted version
+  [ "$(printf '%s\n' "$3" "$2" | sort -V | head -n 1)" = "$3" ] && return
+  echo "setup: $1 must be of version $3 or later, got ${2:-none}" >&2
+  exit 1
+}
+need cmake "$(cmake --version 2>/dev/null | sed -n 's/^cmake version //p')" 3.25
+[ -n "${CXX:-}" ] || need g++ "$(g++ -dumpfullversion 2>/dev/null)" 12
+need python3 "$(python3 -c 'import platform; print(platform.python_version())' 2>/dev/null)" 3.10
+
+# An environment whose interpreter is gone or moved is made again.
+if ! .venv/bin/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then
+  rm -rf .venv
+  python3 -m venv .venv
+fi
 if ! cmp -s tools/requirements.txt .venv/requirements.installed; then
-  echo "setup: installing Python packages (PyTorch is about 4.6 GB with CUDA)"
-  .venv/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
+  # SLA2_TORCH_INDEX=https://download.pytorch.org/whl/cpu: PyTorch without CUDA, a tenth of the size.
+  echo "setup: installing Python packages (PyTorch is about 4.6 GB with CUDA; SLA2_TORCH_INDEX chooses)"
+  .venv/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt \
+    ${SLA2_TORCH_INDEX:+--extra-index-url "$SLA2_TORCH_INDEX"}
   cp tools/requirements.txt .venv/requirements.installed
 fi
 

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <string>
+#include <utility>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -25,12 +26,29 @@ void require_shape(bool holds, const char* name, const std::string& rule, const 
     throw Error(std::string(name) + " must have shape " + rule + ", got " + shape_text(tensor));
 }
 
+std::string type_text(const Tensor& tensor) {
+  constexpr std::array kNames = {
+      std::pair{ScalarType::Float, "float32"},     std::pair{ScalarType::Double, "float64"},
+      std::pair{ScalarType::BFloat16, "bfloat16"}, std::pair{ScalarType::Half, "float16"},
+      std::pair{ScalarType::Long, "int64"},        std::pair{ScalarType::Int, "int32"},
+      std::pair{ScalarType::Short, "int16"},       std::pair{ScalarType::Char, "int8"},
+      std::pair{ScalarType::Byte, "uint8"},        std::pair{ScalarType::Bool, "bool"}};
+  for (const auto& [type, name] : kNames) {
+    if (tensor.scalar_type() == type) return name;
+  }
+  return "torch's type number " + std::to_string(static_cast<int>(tensor.scalar_type()));
+}
+
+std::string device_text(const Tensor& tensor) {
+  return tensor.is_cpu() ? "cpu" : "device " + std::to_string(tensor.get_device_index());
+}
+
 void require_rank4(const char* name, const Tensor& tensor) {
   require_shape(tensor.dim() == 4, name, "[batch, heads, tokens, features]", tensor);
 }
 
-DType dtype_of(const Tensor& q) {
-  switch (q.scalar_type()) {
+DType dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::kF32;
     case ScalarType::BFloat16:
@@ -38,7 +56,8 @@ DType dtype_of(const Tensor& q) {
     case ScalarType::Half:
       return DType::kF16;
     default:
-      throw Error("q must be of type float32, bfloat16 or float16, got another type");
+      throw Error(std::string(name) + " must be of type float32, bfloat16 or float16, got " +
+                  type_text(tensor));
   }
 }
 
@@ -46,7 +65,7 @@ void require_float(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half &&
       type != ScalarType::Double) {
-    throw Error(std::string(name) + " must be of a float type, got another type");
+    throw Error(std::string(name) + " must be of a float type, got " + type_text(tensor));
   }
 }
 
@@ -72,7 +91,7 @@ Problem make_problem(const RawArguments& raw) {
   problem.q_tokens = raw.q.size(2);
   problem.k_tokens = raw.k.size(2);
   problem.head_dim = raw.q.size(3);
-  problem.dtype = dtype_of(raw.q);
+  problem.dtype = dtype_of("q", raw.q);
   problem.device = raw.q.is_cuda() ? Device::kCuda : Device::kCpu;
   if (raw.v != nullptr) {
     require_rank4("v", *raw.v);
@@ -94,7 +113,8 @@ Problem make_problem(const RawArguments& raw) {
 
 void require_same_place(const char* name, const Tensor& tensor, const Tensor& q) {
   if (tensor.is_cpu() != q.is_cpu() || tensor.get_device_index() != q.get_device_index()) {
-    throw Error(std::string(name) + " must be on q's device, got another one");
+    throw Error(std::string(name) + " must be on q's device (" + device_text(q) + "), got " +
+                device_text(tensor));
   }
 }
 
@@ -138,7 +158,7 @@ Arguments::Arguments(const RawArguments& raw) : problem(make_problem(raw)) {
     require_shape(has_shape(*raw.key_lengths, {problem.batch}), "key_lengths", "[batch]",
                   *raw.key_lengths);
     if (raw.key_lengths->scalar_type() != ScalarType::Long) {
-      throw Error("key_lengths must be of type int64, got another type");
+      throw Error("key_lengths must be of type int64, got " + type_text(*raw.key_lengths));
     }
     require_same_place("key_lengths", *raw.key_lengths, raw.q);
     owned.push_back(torch::stable::contiguous(*raw.key_lengths));
@@ -155,7 +175,7 @@ void Arguments::give_routing(const OptionalTensor& blocks, const OptionalTensor&
         "routing.blocks", "[batch, heads, query blocks, routed blocks]", *blocks);
     require_same_place("routing.blocks", *blocks, q);
     if (blocks->scalar_type() != ScalarType::Int) {
-      throw Error("routing.blocks must be of type int32, got another type");
+      throw Error("routing.blocks must be of type int32, got " + type_text(*blocks));
     }
     owned.push_back(torch::stable::contiguous(*blocks));
     inputs.routing.blocks = static_cast<const std::int32_t*>(owned.back().const_data_ptr());
@@ -181,8 +201,11 @@ const float* Arguments::dense_f32(const Tensor& tensor) {
 
 ConstView Arguments::view(const char* name, const Tensor& tensor) {
   require_rank4(name, tensor);
-  if (dtype_of(tensor) != problem.dtype) {
-    throw Error(std::string(name) + " must have q's type, got another one");
+  if (dtype_of(name, tensor) != problem.dtype) {
+    const char* const wanted = problem.dtype == DType::kF32    ? "float32"
+                               : problem.dtype == DType::kBF16 ? "bfloat16"
+                                                               : "float16";
+    throw Error(std::string(name) + " must have q's type " + wanted + ", got " + type_text(tensor));
   }
   // torch leaves any stride on an axis of one element; here every axis has a usable one.
   owned.push_back(tensor.size(3) == 1 || tensor.stride(3) == 1 ? tensor
@@ -197,7 +220,7 @@ ConstView Arguments::view(const char* name, const Tensor& tensor) {
 }
 
 View mutable_view(const Tensor& tensor) {
-  View result{tensor.mutable_data_ptr(), dtype_of(tensor), {}, {}};
+  View result{tensor.mutable_data_ptr(), dtype_of("result", tensor), {}, {}};
   for (std::int64_t axis = 0; axis < 4; ++axis) {
     result.shape[static_cast<std::size_t>(axis)] = tensor.size(axis);
     result.strides[static_cast<std::size_t>(axis)] = tensor.stride(axis);

@@ -165,7 +165,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_kern
     const Problem& p = arguments.problem;
     if (lse.numel() != p.batch * p.num_heads * p.q_tokens ||
         k_mean.numel() != p.batch * p.num_kv_heads * p.head_dim) {
-      throw Error("lse and k_mean must be those that forward saved, got other sizes");
+      throw Error("lse and k_mean must be those that forward saved, got " +
+                  std::to_string(lse.numel()) + " and " + std::to_string(k_mean.numel()) +
+                  " elements");
     }
     const std::pair<const char*, const Tensor&> others[] = {{"d_out", d_out},
                                                             {"out_sparse", out_sparse},

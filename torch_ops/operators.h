@@ -1,7 +1,7 @@
 // The operators' tensors, and what links a program to this library.
 #pragma once
 
-/// The library's version, "0.1.0". A C++ program that only looks the operators up by name calls it
+/// The library's version, "1.2.3". A C++ program that only looks the operators up by name calls it
 /// once, so that the linker keeps the library and its static registration runs.
 extern "C" __attribute__((visibility("default"))) const char* sla2_torch_version();
 

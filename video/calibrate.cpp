@@ -44,6 +44,14 @@ struct LayerOptimizer {
     if (!value.defined()) return;
     entries.push_back({name, value, torch::zeros_like(value), torch::zeros_like(value), lr});
   }
+  /// A scalar bool on the device: every gradient is finite.
+  [[nodiscard]] Tensor finite_gradients(Tensor finite) const {
+    for (const Entry& entry : entries) {
+      const Tensor& gradient = entry.value.grad();
+      if (gradient.defined()) finite = finite.logical_and(gradient.isfinite().all());
+    }
+    return finite;
+  }
   void step(double lr_scale) {
     const torch::NoGradGuard no_grad;
     ++updates;
@@ -113,9 +121,11 @@ class Calibration {
   std::size_t keep_of_step(std::int64_t step) const;
   double lr_scale(std::int64_t step) const;
   void train_step(std::int64_t step);
+  [[noreturn]] void fail(std::int64_t step, std::int64_t layer, bool in_loss) const;
+  void check_stop(const char* doing) const;
   void save(std::int64_t step);
   std::int64_t load();
-  std::string fingerprint() const;
+  nlohmann::json fingerprint() const;
   std::map<std::string, Tensor> checkpoint_tensors();
 
   Denoiser& denoiser_;
@@ -126,7 +136,8 @@ class Calibration {
   fs::path folder_;
   std::vector<sla2::nn::Attention> modules_;
   std::vector<LayerOptimizer> optimizers_;
-  Tensor before_;  // [layers, keeps] fp64
+  Tensor before_;            // [layers, keeps] fp64
+  std::int64_t saved_ = -1;  // the step of the checkpoint on disk, -1: none
   std::vector<double> losses_;
 };
 
@@ -149,7 +160,7 @@ Tensor Calibration::measure_errors(const std::string& task) {
   });
   run_.progress.begin(task, options_.held_out_samples);
   for (std::int64_t i = 0; i < options_.held_out_samples; ++i) {
-    run_.check_stop(task);
+    check_stop(task.c_str());
     // Levels spread over (0, 1), the same ones before and after.
     const double t =
         (static_cast<double>(i) + 0.5) / static_cast<double>(options_.held_out_samples);
@@ -176,7 +187,7 @@ void Calibration::start_alpha() {
   });
   run_.progress.begin("where alpha starts", options_.alpha_samples);
   for (std::int64_t i = 0; i < options_.alpha_samples; ++i) {
-    run_.check_stop("measuring alpha");
+    check_stop("measuring alpha");
     run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamCalibrate, i, 1);
     run_.progress.update(i + 1);
   }
@@ -218,6 +229,10 @@ void Calibration::train_step(std::int64_t step) {
       const Tensor out = modules_[index]->forward(q.detach(), k.detach(), v.detach());
       const Tensor loss = torch::mse_loss(out.to(torch::kFloat32), target.to(torch::kFloat32));
       loss.backward();
+      const Tensor good = loss.detach().isfinite();
+      if (!optimizers_[index].finite_gradients(good).item<bool>()) {
+        fail(step, layer, !good.item<bool>());
+      }
       optimizers_[index].step(lr_scale(step));
       total += loss.detach();
       ++terms;
@@ -229,12 +244,28 @@ void Calibration::train_step(std::int64_t step) {
   run_sample(denoiser_, dataset_, options_.flow, run_.seed, kStreamCalibrate, sample,
              options_.batch);
   losses_.push_back(total.item<double>() / static_cast<double>(std::max<std::int64_t>(terms, 1)));
-  if (!std::isfinite(losses_.back())) {
-    throw Error(ErrorKind::kRuntime,
-                fmt::format("stage 1: the loss is not finite at step {}; the last good checkpoint "
-                            "is {}",
-                            step, (folder_ / "checkpoint.safetensors").string()));
-  }
+}
+
+void Calibration::fail(std::int64_t step, std::int64_t layer, bool in_loss) const {
+  throw Error(
+      ErrorKind::kRuntime,
+      fmt::format("stage 1: NaN or Inf in the {} of step {}, first in layer {}; last good "
+                  "checkpoint: {}",
+                  in_loss ? "loss" : "gradient", step, module_path(layer),
+                  saved_ >= 0 ? (folder_ / "checkpoint.safetensors").string() : "none yet"));
+}
+
+void Calibration::check_stop(const char* doing) const {
+  if (!run_.stop_requested()) return;
+  run_.progress.end();
+  throw Interrupted(
+      saved_ >= 0 ? fmt::format("interrupted ({}) after step {} of {}; {} is saved, --resume "
+                                "continues",
+                                doing, saved_, options_.steps,
+                                (folder_ / "checkpoint.safetensors").string())
+                  : fmt::format("interrupted ({}) before the first step: nothing is saved yet, "
+                                "start again without --resume",
+                                doing));
 }
 
 std::map<std::string, Tensor> Calibration::checkpoint_tensors() {
@@ -250,24 +281,25 @@ std::map<std::string, Tensor> Calibration::checkpoint_tensors() {
   return tensors;
 }
 
-std::string Calibration::fingerprint() const {
-  return nlohmann::json{{"keeps", options_.keeps},
-                        {"batch", options_.batch},
-                        {"router_lr", options_.router_lr},
-                        {"alpha_lr", options_.alpha_lr},
-                        {"final_lr", options_.final_lr},
-                        {"turns", options_.schedule == KeepSchedule::kTurns},
-                        {"alpha_samples", options_.alpha_samples},
-                        {"held_out_samples", options_.held_out_samples},
-                        {"config", io::to_json(start_.config)},
-                        {"tiles", start_.order.kind == TokenOrderKind::kTiles},
-                        {"tile", start_.order.tile},
-                        {"grid", start_.grid},
-                        {"router_per_head", start_.router == sla2::nn::RouterShape::kHead},
-                        {"alpha_per_head", start_.alpha == sla2::nn::AlphaShape::kHead},
-                        {"layers", num_layers()},
-                        {"seed", run_.seed}}
-      .dump();
+nlohmann::json Calibration::fingerprint() const {
+  nlohmann::json print{{"keeps", options_.keeps},
+                       {"batch", options_.batch},
+                       {"router_lr", options_.router_lr},
+                       {"alpha_lr", options_.alpha_lr},
+                       {"final_lr", options_.final_lr},
+                       {"turns", options_.schedule == KeepSchedule::kTurns},
+                       {"alpha_samples", options_.alpha_samples},
+                       {"held_out_samples", options_.held_out_samples},
+                       {"tokens_in_tiles", start_.order.kind == TokenOrderKind::kTiles},
+                       {"tile", start_.order.tile},
+                       {"grid", start_.grid},
+                       {"router_per_head", start_.router == sla2::nn::RouterShape::kHead},
+                       {"alpha_per_head", start_.alpha == sla2::nn::AlphaShape::kHead},
+                       {"layers", num_layers()},
+                       {"seed", run_.seed}};
+  print.update(io::to_json(start_.config));
+  print.update(options_.identity);
+  return print;
 }
 
 void Calibration::save(std::int64_t step) {
@@ -278,7 +310,8 @@ void Calibration::save(std::int64_t step) {
   save_tensors(folder_ / "checkpoint.safetensors", tensors,
                {{"updates", std::to_string(optimizers_.front().updates)},
                 {"step", std::to_string(step)},
-                {"options", fingerprint()}});
+                {"options", fingerprint().dump()}});
+  saved_ = step;
 }
 
 std::int64_t Calibration::load() {
@@ -291,9 +324,13 @@ std::int64_t Calibration::load() {
     }
     return found->second;
   };
-  if (text("options") != fingerprint()) {
-    throw Error(fmt::format("{}: made with other options: {}, now {}", path.string(),
-                            text("options"), fingerprint()));
+  const nlohmann::json options = io::parse_json(text("options"), path.string());
+  const nlohmann::json wanted = fingerprint();
+  for (const auto& [key, value] : wanted.items()) {
+    const nlohmann::json was = options.is_object() ? options.value(key, nlohmann::json()) : options;
+    if (was == value) continue;
+    throw Error(fmt::format("--resume: {} must be {} as in {}, got {}", key, was.dump(),
+                            path.string(), value.dump()));
   }
   std::map<std::string, Tensor> saved = load_tensors(path);
   const torch::NoGradGuard no_grad;
@@ -325,6 +362,7 @@ std::int64_t Calibration::load() {
   before_.copy_(before);
   losses_.assign(losses.data_ptr<double>(), losses.data_ptr<double>() + losses.numel());
   for (LayerOptimizer& optimizer : optimizers_) optimizer.updates = updates;
+  saved_ = step;
   return step;
 }
 
@@ -344,8 +382,7 @@ CalibrateResult Calibration::run(bool resume) {
     for (; step < options_.steps; ++step) {
       if (run_.stop_requested()) {
         save(step);
-        run_.progress.end();
-        run_.check_stop("stage 1");
+        check_stop("stage 1");
       }
       train_step(step);
       run_.progress.update(step + 1, losses_.back());

@@ -36,6 +36,8 @@ struct CalibrateOptions {
   std::int64_t held_out_samples = 2;  ///< samples of the error table, not trained on
   std::int64_t checkpoint_every = 20;
   FlowOptions flow;
+  /// What a resume compares beside these options: the contents of the model and of the data.
+  nlohmann::json identity = nlohmann::json::object();
 };
 /// Throws sla2::Error naming the first option out of range.
 void validate(const CalibrateOptions& options);
@@ -56,7 +58,8 @@ struct CalibrateResult {
 /// Trains from `start`: its config, order, grid, shapes; fresh weights. Method sla has nothing to
 /// train in this stage and returns at once with before == after. Writes checkpoint.safetensors in
 /// `folder`; with `resume` it goes on from there, if it is there and of the same options (`steps`
-/// may differ). Throws sla2::Error, Interrupted.
+/// may differ). A loss or gradient that is NaN or Inf ends it before it reaches the weights. Throws
+/// sla2::Error, Interrupted.
 CalibrateResult calibrate(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& start,
                           const CalibrateOptions& options, Run& run,
                           const std::filesystem::path& folder, bool resume);

@@ -52,6 +52,7 @@ Denoiser load_denoiser(const fs::path& model, const torch::Device& device,
   std::error_code error;
   if (sla2 && fs::exists(*sla2 / "transformer" / "config.json", error)) {
     weights = *sla2 / "transformer";
+    check_same_save(*sla2);
   }
   denoiser.transformer = load_transformer(weights);
   const fs::path card = has_model_card(weights) ? weights : model;
@@ -132,6 +133,16 @@ torch::Tensor diffusion_loss(Denoiser& denoiser, const Dataset& dataset, const B
                              std::int64_t micro) {
   const DiffusionPass pass = diffusion_pass(denoiser, dataset, batch, options, seed, step, micro);
   return flow_loss(pass.output, pass.x, pass.noise, pass.t, options);
+}
+
+std::string first_broken_layer(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
+                               const FlowOptions& options, std::int64_t seed, std::int64_t step) {
+  const torch::NoGradGuard no_grad;
+  denoiser.transformer->set_check_finite(true);
+  diffusion_pass(denoiser, dataset, batch, options, seed, step);
+  const auto layer = denoiser.transformer->first_non_finite_layer();
+  denoiser.transformer->set_check_finite(false);
+  return layer.value_or("");
 }
 
 }  // namespace sla2::video

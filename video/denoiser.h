@@ -57,4 +57,8 @@ torch::Tensor diffusion_loss(Denoiser& denoiser, const Dataset& dataset, const B
                              const FlowOptions& options, std::int64_t seed, std::int64_t step,
                              std::int64_t micro = 0);
 
+/// The first layer whose output in that pass is NaN or Inf; "" if none is.
+std::string first_broken_layer(Denoiser& denoiser, const Dataset& dataset, const Batch& batch,
+                               const FlowOptions& options, std::int64_t seed, std::int64_t step);
+
 }  // namespace sla2::video

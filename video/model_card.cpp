@@ -1,9 +1,8 @@
-#include <cmath>
-
 #include <fmt/format.h>
 
 #include "io/config_json.h"
 #include "io/files.h"
+#include "io/model_files.h"
 #include "sla2/error.h"
 #include "video/weights.h"
 
@@ -17,24 +16,9 @@ constexpr const char* kCaptions = "captions.safetensors";
 constexpr const char* kTable = "caption_table";
 
 void check(const ModelCard& card, const std::string& where) {
-  const auto positive = [&where](const char* name, std::int64_t value) {
-    if (value < 1 || value > 1 << 16) {
-      throw Error(fmt::format("{}: {} must be from 1 to 65536, got {}", where, name, value));
-    }
-  };
-  positive("frames", card.frames);
-  positive("height", card.height);
-  positive("width", card.width);
-  if (!(card.fps > 0) || !std::isfinite(card.fps)) {
-    throw Error(fmt::format("{}: fps must be positive, got {}", where, card.fps));
-  }
-  if (!(card.shift > 0) || !std::isfinite(card.shift)) {
-    throw Error(fmt::format("{}: shift must be positive, got {}", where, card.shift));
-  }
-  if (card.prediction != "x" && card.prediction != "velocity") {
-    throw Error(fmt::format("{}: prediction must be \"x\" or \"velocity\", got \"{}\"", where,
-                            card.prediction));
-  }
+  io::validate(io::CardText{card.frames, card.height, card.width, card.fps, card.prediction,
+                            card.shift, card.captions},
+               where);
   if (!card.caption_table.defined() && card.captions.empty()) return;
   const auto rows = static_cast<std::int64_t>(card.captions.size()) + 1;
   if (!card.caption_table.defined() || card.caption_table.dim() != 3 ||
@@ -56,17 +40,15 @@ bool has_model_card(const std::filesystem::path& folder) { return fs::exists(fol
 
 ModelCard load_model_card(const std::filesystem::path& folder) {
   const fs::path path = folder / kCard;
-  const nlohmann::json json = io::read_json(path);
-  ModelCard card;
-  io::JsonObject object(json, path.string());
-  object.required("frames", card.frames)
-      .required("height", card.height)
-      .required("width", card.width)
-      .required("fps", card.fps)
-      .required("prediction", card.prediction)
-      .optional("shift", card.shift)
-      .optional("captions", card.captions)
-      .finish();
+  const io::CardText text = io::card_from_json(io::read_json(path), path.string());
+  ModelCard card{.frames = text.frames,
+                 .height = text.height,
+                 .width = text.width,
+                 .fps = text.fps,
+                 .prediction = text.prediction,
+                 .shift = text.shift,
+                 .captions = text.captions,
+                 .caption_table = {}};
   if (!card.captions.empty() || fs::exists(folder / kCaptions)) {
     std::map<std::string, torch::Tensor> tensors = load_tensors(folder / kCaptions);
     if (tensors.size() != 1 || !tensors.contains(kTable)) {

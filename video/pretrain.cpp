@@ -116,14 +116,9 @@ PretrainResult pretrain(const PretrainOptions& options, const std::filesystem::p
                               step, micro);
       },
       run,
-      [&](std::int64_t step) -> std::string {
-        const Batch batch = dataset->batch(run.seed, step, options.batch);
-        denoiser.transformer->set_check_finite(true);
-        const torch::NoGradGuard no_grad;
-        diffusion_loss(denoiser, *dataset, batch, options.flow, run.seed, step);
-        const auto layer = denoiser.transformer->first_non_finite_layer();
-        denoiser.transformer->set_check_finite(false);
-        return layer.value_or("");
+      [&](std::int64_t step) {
+        return first_broken_layer(denoiser, *dataset, dataset->batch(run.seed, step, options.batch),
+                                  options.flow, run.seed, step);
       },
       "pretraining");
 

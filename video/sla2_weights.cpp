@@ -1,4 +1,3 @@
-#include <charconv>
 #include <set>
 #include <utility>
 
@@ -6,6 +5,7 @@
 
 #include "io/config_json.h"
 #include "io/files.h"
+#include "io/model_files.h"
 #include "sla2/error.h"
 #include "video/weight_report.h"
 #include "video/weights.h"
@@ -19,55 +19,20 @@ using nn::RouterShape;
 
 constexpr const char* kJson = "sla2.json";
 constexpr const char* kTensors = "sla2.safetensors";
-constexpr std::array kOwnKeys{"token_order", "tile", "grid", "router", "alpha", "keeps", "layers"};
 
 std::vector<std::string> parameter_names(Method method) {
   if (method == Method::kSla) return {"proj_out"};
   return {"proj_q", "proj_k", "alpha_logit"};
 }
 
-/// i of "blocks.{i}.attn1".
-std::int64_t layer_index(const std::string& path) {
-  constexpr std::string_view kHead = "blocks.", kTail = ".attn1";
-  std::int64_t layer = -1;
-  if (path.size() > kHead.size() + kTail.size() && path.starts_with(kHead) &&
-      path.ends_with(kTail)) {
-    const char* const end = path.data() + path.size() - kTail.size();
-    const auto [stop, failed] = std::from_chars(path.data() + kHead.size(), end, layer);
-    if (failed != std::errc() || stop != end) layer = -1;
-  }
-  if (layer < 0 || fmt::format("blocks.{}.attn1", layer) != path) {
-    throw Error(fmt::format("layers must be names like blocks.0.attn1, got \"{}\"", path));
-  }
-  return layer;
-}
-
-/// The value whose name was read; names and values in the same order.
-template <typename T>
-T choice(const std::string& where, const char* key, const std::string& value,
-         const std::array<std::pair<const char*, T>, 2>& choices) {
-  for (const auto& [name, result] : choices) {
-    if (value == name) return result;
-  }
-  throw Error(fmt::format("{}: {} must be \"{}\" or \"{}\", got \"{}\"", where, key,
-                          choices[0].first, choices[1].first, value));
-}
-
 void check(const Sla2Weights& weights, const std::string& where) {
-  validate(weights.config);
-  for (const double keep : weights.keeps) {
-    if (!(keep > 0 && keep <= 1)) {
-      throw Error(fmt::format("{}: keeps must lie in (0, 1], got {}", where, keep));
-    }
-  }
-  std::set<std::string> seen;
-  for (const std::string& layer : weights.layers) {
-    layer_index(layer);
-    if (!seen.insert(layer).second) {
-      throw Error(fmt::format("{}: layers must be different, got {} twice", where, layer));
-    }
-  }
-  token_permutation(weights.order, weights.grid);  // refuses sides that are not positive
+  io::Sla2Text text;
+  text.config = weights.config;
+  text.tile = weights.order.tile;
+  text.grid = weights.grid;
+  text.keeps = weights.keeps;
+  text.layers = weights.layers;
+  io::validate(text, where);
 }
 
 /// The tensors are exactly those that the layers own.
@@ -92,44 +57,15 @@ void check_names(const Sla2Weights& weights, const std::string& where) {
 
 Sla2Weights load_sla2(const std::filesystem::path& folder) {
   const fs::path path = folder / kJson;
-  nlohmann::json options = io::read_json(path);
-  if (!options.is_object()) throw Error(fmt::format("{} must hold an object", path.string()));
-  nlohmann::json own = nlohmann::json::object();
-  for (const char* key : kOwnKeys) {
-    if (!options.contains(key)) continue;
-    own[key] = options[key];
-    options.erase(key);
-  }
+  const io::Sla2Text text = io::sla2_from_json(io::read_json(path), path.string());
   Sla2Weights weights;
-  try {
-    weights.config = io::config_from_json(options);
-  } catch (const Error& error) {
-    throw Error(error.kind(), fmt::format("{}: {}", path.string(), error.what()));
-  }
-  std::string order, router, alpha;
-  io::JsonObject object(own, path.string());
-  object.required("token_order", order)
-      .required("grid", weights.grid)
-      .required("router", router)
-      .required("alpha", alpha)
-      .required("layers", weights.layers)
-      .optional("keeps", weights.keeps);
-  std::optional<std::array<std::int64_t, 3>> tile;
-  object.optional("tile", tile).finish();
-  weights.order.kind = choice<TokenOrderKind>(
-      path.string(), "token_order", order,
-      {{{"raster", TokenOrderKind::kRaster}, {"tiles", TokenOrderKind::kTiles}}});
-  if (tile) {
-    weights.order.tile = *tile;
-  } else if (weights.order.kind == TokenOrderKind::kTiles) {
-    throw Error(fmt::format("{}: tile must be given for token_order \"tiles\"", path.string()));
-  }
-  weights.router =
-      choice<RouterShape>(path.string(), "router", router,
-                          {{{"layer", RouterShape::kLayer}, {"head", RouterShape::kHead}}});
-  weights.alpha =
-      choice<AlphaShape>(path.string(), "alpha", alpha,
-                         {{{"block", AlphaShape::kBlock}, {"head", AlphaShape::kHead}}});
+  weights.config = text.config;
+  weights.order = {text.tiles ? TokenOrderKind::kTiles : TokenOrderKind::kRaster, text.tile};
+  weights.grid = text.grid;
+  weights.router = text.router_per_head ? RouterShape::kHead : RouterShape::kLayer;
+  weights.alpha = text.alpha_per_head ? AlphaShape::kHead : AlphaShape::kBlock;
+  weights.keeps = text.keeps;
+  weights.layers = text.layers;
   check(weights, path.string());
   weights.tensors = load_tensors(folder / kTensors);
   check_names(weights, (folder / kTensors).string());
@@ -142,7 +78,8 @@ Sla2Weights load_sla2(const std::filesystem::path& folder) {
   return weights;
 }
 
-void save_sla2(const std::filesystem::path& folder, const Sla2Weights& weights) {
+void save_sla2(const std::filesystem::path& folder, const Sla2Weights& weights,
+               const std::string& save) {
   check(weights, (folder / kJson).string());
   check_names(weights, (folder / kTensors).string());
   io::make_output_folder(folder);
@@ -154,7 +91,9 @@ void save_sla2(const std::filesystem::path& folder, const Sla2Weights& weights) 
   json["alpha"] = weights.alpha == AlphaShape::kHead ? "head" : "block";
   json["keeps"] = weights.keeps;
   json["layers"] = weights.layers;
-  save_tensors(folder / kTensors, weights.tensors, {{"format", "pt"}});
+  std::map<std::string, std::string> metadata{{"format", "pt"}};
+  if (!save.empty()) metadata["save"] = save;
+  save_tensors(folder / kTensors, weights.tensors, metadata);
   io::write_file(folder / kJson, json.dump(2) + "\n");
 }
 
@@ -165,7 +104,7 @@ void apply_sla2(WanTransformer& model, const Sla2Weights& weights) {
   Report report;
   std::vector<std::pair<std::int64_t, nn::Attention>> modules;
   for (const std::string& path : weights.layers) {
-    const std::int64_t layer = layer_index(path);
+    const std::int64_t layer = io::layer_of_attention(path);
     if (layer >= config.num_layers) {
       throw Error(
           fmt::format("layers must be among the model's {}, got {}", config.num_layers, path));
@@ -196,7 +135,7 @@ Sla2Weights collect_sla2(const WanTransformer& model, const Sla2Weights& like) {
   Sla2Weights weights = like;
   weights.tensors.clear();
   for (const std::string& path : like.layers) {
-    const nn::Attention module = model->attention(layer_index(path));
+    const nn::Attention module = model->attention(io::layer_of_attention(path));
     if (module.is_empty()) {
       throw Error(fmt::format("{} must hold an SLA2 module, got full attention", path));
     }

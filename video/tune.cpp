@@ -1,5 +1,6 @@
 #include "video/tune.h"
 
+#include <bit>
 #include <string>
 
 #include <fmt/format.h>
@@ -37,6 +38,15 @@ std::vector<TrainedParameter> tuned_parameters(WanTransformer& model, const Tune
   return parameters;
 }
 
+/// The same for the same training, another one for any other.
+std::string save_name(const std::vector<double>& losses) {
+  std::uint64_t state = losses.size();
+  for (const double loss : losses) {
+    state = mix(static_cast<std::int64_t>(state), std::bit_cast<std::int64_t>(loss));
+  }
+  return fmt::format("{:016x}", state);
+}
+
 }  // namespace
 
 TuneResult tune(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& weights,
@@ -65,13 +75,20 @@ TuneResult tune(Denoiser& denoiser, const Dataset& dataset, const Sla2Weights& w
     return diffusion_loss(denoiser, dataset, loader.at(step, micro), options.flow, run.seed, step,
                           micro);
   };
-  trainer.train(loss, run, {}, task);
+  const Diagnosis diagnosis = [&](std::int64_t step) {
+    return first_broken_layer(denoiser, dataset, dataset.batch(run.seed, step, options.batch),
+                              options.flow, run.seed, step);
+  };
+  trainer.train(loss, run, diagnosis, task);
   if (options.train.ema_decay > 0) trainer.use_average();
   denoiser.transformer->eval();
   TuneResult result{collect_sla2(denoiser.transformer, weights), trainer.losses()};
-  save_sla2(folder, result.weights);
-  save_transformer(folder / "transformer", denoiser.transformer, torch::kFloat32);
+  // sla2.json comes last: without it there is no result, with it there is all of it.
+  const std::string save = save_name(result.losses);
+  save_transformer(folder / "transformer", denoiser.transformer, torch::kFloat32,
+                   std::int64_t{5} << 30, save);
   if (denoiser.has_card) save_model_card(folder / "transformer", denoiser.card);
+  save_sla2(folder, result.weights, save);
   return result;
 }
 

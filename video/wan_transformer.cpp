@@ -28,32 +28,6 @@ struct Layout {
 
 std::string text_of(at::IntArrayRef sizes) { return fmt::format("[{}]", fmt::join(sizes, ", ")); }
 
-void check_config(const WanConfig& config) {
-  const auto positive = [](const char* name, std::int64_t value) {
-    if (value < 1 || value > (std::int64_t{1} << 24)) {
-      throw Error(fmt::format("{} must be from 1 to 2^24, got {}", name, value));
-    }
-  };
-  for (const std::int64_t side : config.patch_size) positive("patch_size", side);
-  positive("num_attention_heads", config.num_attention_heads);
-  positive("attention_head_dim", config.attention_head_dim);
-  positive("in_channels", config.in_channels);
-  positive("out_channels", config.out_channels);
-  positive("text_dim", config.text_dim);
-  positive("ffn_dim", config.ffn_dim);
-  positive("num_layers", config.num_layers);
-  positive("rope_max_seq_len", config.rope_max_seq_len);
-  if (config.attention_head_dim % 2 != 0) {
-    throw Error(fmt::format("attention_head_dim must be even, got {}", config.attention_head_dim));
-  }
-  if (config.freq_dim < 2 || config.freq_dim > (1 << 24)) {
-    throw Error(fmt::format("freq_dim must be from 2 to 2^24, got {}", config.freq_dim));
-  }
-  if (!(config.eps > 0) || !std::isfinite(config.eps)) {
-    throw Error(fmt::format("eps must be positive, got {}", config.eps));
-  }
-}
-
 /// x [B, C, F, H, W] -> [B, N, C * pt * ph * pw], tokens in raster order.
 torch::Tensor patchify(const torch::Tensor& x, const Grid& grid, const Grid& patch) {
   return x.reshape({x.size(0), x.size(1), grid[0], patch[0], grid[1], patch[1], grid[2], patch[2]})
@@ -138,7 +112,7 @@ void WanTransformerImpl::State::check_inputs(const torch::Tensor& x, const torch
 
 WanTransformerImpl::WanTransformerImpl(const WanConfig& config)
     : state_(std::make_shared<State>()) {
-  check_config(config);
+  io::validate(config);
   State& state = *state_;
   const std::int64_t dim = config.dim();
   const auto& patch = config.patch_size;

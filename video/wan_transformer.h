@@ -11,27 +11,13 @@
 
 #include <torch/torch.h>
 
+#include "io/model_files.h"
 #include "video/attention.h"
 #include "video/token_order.h"
 
 namespace sla2::video {
 
-/// config.json of diffusers' WanTransformer3DModel; image-to-video fields are refused.
-struct WanConfig {
-  std::array<std::int64_t, 3> patch_size{1, 2, 2};
-  std::int64_t num_attention_heads = 40;
-  std::int64_t attention_head_dim = 128;
-  std::int64_t in_channels = 16;
-  std::int64_t out_channels = 16;
-  std::int64_t text_dim = 4096;
-  std::int64_t freq_dim = 256;
-  std::int64_t ffn_dim = 13824;
-  std::int64_t num_layers = 40;
-  bool cross_attn_norm = true;
-  double eps = 1e-6;
-  std::int64_t rope_max_seq_len = 1024;
-  [[nodiscard]] std::int64_t dim() const { return num_attention_heads * attention_head_dim; }
-};
+using io::WanConfig;
 
 /// Sees q, k, v [B, H, N, D] (after norm and rotary embedding, in token order) of one layer's
 /// self-attention, before it runs; stage 1 trains each layer inside it. What it returns, if

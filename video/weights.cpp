@@ -10,6 +10,7 @@
 
 #include "io/config_json.h"
 #include "io/files.h"
+#include "io/model_files.h"
 #include "io/safetensors.h"
 #include "sla2/error.h"
 #include "video/weight_report.h"
@@ -67,25 +68,10 @@ std::vector<fs::path> weight_files(const fs::path& folder, Report& report,
     }
     return {single_path(folder)};
   }
-  const nlohmann::json json = io::read_json(index);
-  io::JsonObject object(json, index.string());
-  nlohmann::json map, metadata;
-  object.required("weight_map", map).optional("metadata", metadata).finish();
-  if (!map.is_object())
-    throw Error(fmt::format("{}: weight_map must be an object", index.string()));
   std::set<std::string> names;
-  for (const auto& [tensor, file] : map.items()) {
-    if (!file.is_string()) {
-      throw Error(fmt::format("{}: weight_map.{} must be a string, got {}", index.string(), tensor,
-                              file.dump()));
-    }
-    const auto name = file.get<std::string>();
-    // A path would let a downloaded index read files outside its folder.
-    if (name.empty() || name == ".." || fs::path(name).filename().string() != name) {
-      throw Error(fmt::format("{}: weight_map.{} must be a file name without folders, got \"{}\"",
-                              index.string(), tensor, name));
-    }
-    names.insert(name);
+  for (const auto& [tensor, file] :
+       io::weight_map_from_json(io::read_json(index), index.string())) {
+    names.insert(file);
     if (!expected.contains(tensor)) report.extra.insert(tensor);
   }
   std::vector<fs::path> files;
@@ -110,6 +96,51 @@ bool stays_fp32(const std::string& name) {
     if (name.find(part) != std::string::npos) return true;
   }
   return false;
+}
+
+/// About how many numbers the weights of a configuration are; what is left out is under 1%.
+double parameter_count(const WanConfig& config) {
+  const auto number = [](std::int64_t value) { return static_cast<double>(value); };
+  const double dim = number(config.num_attention_heads) * number(config.attention_head_dim);
+  double patch = 1;
+  for (const std::int64_t side : config.patch_size) patch *= number(side);
+  const double block = 8 * dim * dim + 2 * dim * number(config.ffn_dim);
+  const double text = dim * (number(config.text_dim) + dim);
+  const double time = dim * (number(config.freq_dim) + 7 * dim);
+  const double ends = dim * patch * (number(config.in_channels) + number(config.out_channels));
+  return number(config.num_layers) * block + text + time + ends;
+}
+
+/// The files' headers against the configuration, before memory of its size is asked for: numbers in
+/// a configuration can be anything, those in a header have their bytes behind them.
+void check_against_headers(const fs::path& folder, const WanConfig& config) {
+  Report ignored;
+  std::set<std::string> layers;
+  double held = 0;
+  for (const fs::path& path : weight_files(folder, ignored, {})) {
+    const io::SafetensorsFile file(path);
+    for (const auto& [name, entry] : file.tensors()) {
+      held += static_cast<double>(entry.data.size() / io::bytes_of(entry.type));
+      const std::size_t end = name.find('.', 7);
+      if (name.starts_with("blocks.") && end != std::string::npos) {
+        layers.insert(name.substr(7, end - 7));
+      }
+    }
+  }
+  // Missing and misshapen tensors of a model of the right size are named later, all of them.
+  constexpr std::int64_t kMissingLayers = 8;
+  const auto found = static_cast<std::int64_t>(layers.size());
+  if (config.num_layers > found + kMissingLayers) {
+    throw Error(fmt::format("{}: num_layers must be that of the weights, {}, got {}",
+                            (folder / kConfig).string(), found, config.num_layers));
+  }
+  constexpr double kSpare = 1 << 22;
+  if (parameter_count(config) > 2 * held + kSpare) {
+    throw Error(
+        fmt::format("{}: its sizes must be those of the weights, which hold {:.0f} numbers;"
+                    " they ask for {:.3g}",
+                    (folder / kConfig).string(), held, parameter_count(config)));
+  }
 }
 
 void check_float(torch::Dtype dtype) {
@@ -156,6 +187,13 @@ std::vector<Tensors> cut_into_shards(const Tensors& tensors, std::int64_t max_by
     bytes += size;
   }
   return shards;
+}
+
+/// "" or "b": the one whose shards no index names.
+std::string free_shard_letter(const fs::path& folder) {
+  if (!fs::exists(index_path(folder))) return {};
+  const std::string text = io::read_file(index_path(folder), std::size_t{64} << 20);
+  return text.find(fmt::format("\"{}-b", kStem)) == std::string::npos ? "b" : "";
 }
 
 /// Removes weight files of an earlier save that the new one does not name.
@@ -232,57 +270,14 @@ void save_tensors(const std::filesystem::path& path,
 
 WanConfig load_wan_config(const std::filesystem::path& folder) {
   const fs::path path = folder / kConfig;
-  const nlohmann::json json = io::read_json(path);
-  io::JsonObject object(json, path.string());
-  std::string class_name = "WanTransformer3DModel";
-  std::optional<std::string> qk_norm = "rms_norm_across_heads";
-  WanConfig config;
-  object.optional("_class_name", class_name)
-      .ignore("_diffusers_version")
-      .ignore("_name_or_path")
-      .optional("patch_size", config.patch_size)
-      .optional("num_attention_heads", config.num_attention_heads)
-      .optional("attention_head_dim", config.attention_head_dim)
-      .optional("in_channels", config.in_channels)
-      .optional("text_dim", config.text_dim)
-      .optional("freq_dim", config.freq_dim)
-      .optional("ffn_dim", config.ffn_dim)
-      .optional("num_layers", config.num_layers)
-      .optional("cross_attn_norm", config.cross_attn_norm)
-      .optional("qk_norm", qk_norm)
-      .optional("eps", config.eps)
-      .optional("rope_max_seq_len", config.rope_max_seq_len);
-  if (json.contains("out_channels") && json["out_channels"].is_null()) {
-    object.ignore("out_channels");
-    config.out_channels = config.in_channels;
-  } else {
-    object.optional("out_channels", config.out_channels);
-  }
-  for (const char* image : {"image_dim", "added_kv_proj_dim", "pos_embed_seq_len"}) {
-    nlohmann::json value;
-    object.optional(image, value);
-    if (!value.is_null()) {
-      throw Error(ErrorKind::kUnsupported,
-                  fmt::format("{}: {} must be null (text to video only), got {}", path.string(),
-                              image, value.dump()));
-    }
-  }
-  object.finish();
-  if (class_name != "WanTransformer3DModel") {
-    throw Error(fmt::format("{}: _class_name must be WanTransformer3DModel, got {}", path.string(),
-                            class_name));
-  }
-  if (qk_norm != "rms_norm_across_heads") {
-    throw Error(ErrorKind::kUnsupported,
-                fmt::format("{}: qk_norm must be rms_norm_across_heads, got {}", path.string(),
-                            qk_norm.value_or("null")));
-  }
-  return config;
+  return io::wan_config_from_json(io::read_json(path), path.string());
 }
 
 WanTransformer load_transformer(const std::filesystem::path& folder, torch::Dtype dtype) {
   check_float(dtype);
-  WanTransformer model(load_wan_config(folder));
+  const WanConfig config = load_wan_config(folder);
+  check_against_headers(folder, config);
+  WanTransformer model(config);
   Tensors parameters = own_parameters(*model);
   Report report;
   std::set<std::string> loaded;
@@ -307,8 +302,29 @@ WanTransformer load_transformer(const std::filesystem::path& folder, torch::Dtyp
   return model;
 }
 
+void check_same_save(const std::filesystem::path& sla2) {
+  const fs::path parts = sla2 / "transformer";
+  if (!fs::exists(parts / kConfig)) return;
+  Report ignored;
+  std::vector<fs::path> files = weight_files(parts, ignored, {});
+  files.insert(files.begin(), sla2 / "sla2.safetensors");
+  std::string first;
+  for (const fs::path& path : files) {
+    const io::SafetensorsFile file(path);
+    const auto found = file.metadata().find("save");
+    if (found == file.metadata().end()) continue;
+    if (first.empty()) first = found->second;
+    if (found->second == first) continue;
+    throw Error(ErrorKind::kRuntime,
+                fmt::format("{}: of another save ({}) than the files beside it ({}): that save was "
+                            "cut off; `sla2 tune --resume` repeats it",
+                            path.string(), found->second, first));
+  }
+}
+
 void save_transformer(const std::filesystem::path& folder, WanTransformer& model,
-                      torch::Dtype dtype, std::int64_t max_shard_bytes) {
+                      torch::Dtype dtype, std::int64_t max_shard_bytes,
+                      const std::string& save_id) {
   check_float(dtype);
   if (max_shard_bytes < 1) {
     throw Error(fmt::format("max_shard_bytes must be positive, got {}", max_shard_bytes));
@@ -320,7 +336,8 @@ void save_transformer(const std::filesystem::path& folder, WanTransformer& model
     const torch::Tensor& saved = tensors[name] = parameter.detach().to(torch::kCPU, dtype);
     total += static_cast<std::int64_t>(saved.nbytes());
   }
-  const std::map<std::string, std::string> metadata{{"format", "pt"}};
+  std::map<std::string, std::string> metadata{{"format", "pt"}};
+  if (!save_id.empty()) metadata["save"] = save_id;
   const std::vector<Tensors> shards = cut_into_shards(tensors, max_shard_bytes);
   // The index decides what is loaded, so it is written after, and removed before, what it replaces.
   if (shards.size() == 1) {
@@ -331,9 +348,11 @@ void save_transformer(const std::filesystem::path& folder, WanTransformer& model
   } else {
     nlohmann::json map = nlohmann::json::object();
     std::set<fs::path> files;
+    // Names of their own: the shards of an earlier save stay whole until the new index is there.
+    const std::string save = free_shard_letter(folder);
     for (std::size_t i = 0; i < shards.size(); ++i) {
       const std::string name =
-          fmt::format("{}-{:05}-of-{:05}.safetensors", kStem, i + 1, shards.size());
+          fmt::format("{}-{}{:05}-of-{:05}.safetensors", kStem, save, i + 1, shards.size());
       save_tensors(folder / name, shards[i], metadata);
       files.insert(folder / name);
       for (const auto& [tensor, value] : shards[i]) map[tensor] = name;

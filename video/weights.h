@@ -29,7 +29,8 @@ WanTransformer load_transformer(const std::filesystem::path& folder,
                                 torch::Dtype dtype = torch::kFloat32);
 void save_transformer(const std::filesystem::path& folder, WanTransformer& model,
                       torch::Dtype dtype = torch::kBFloat16,
-                      std::int64_t max_shard_bytes = std::int64_t{5} << 30);
+                      std::int64_t max_shard_bytes = std::int64_t{5} << 30,
+                      const std::string& save = {});
 
 /// What the small models need besides Wan's config: saved as model_card.json and, for the learned
 /// caption table, captions.safetensors, in the transformer's folder. Wan's own weights have none.
@@ -57,7 +58,11 @@ struct Sla2Weights {
   std::map<std::string, torch::Tensor> tensors;  // "{module path}.proj_q" and so on
 };
 Sla2Weights load_sla2(const std::filesystem::path& folder);
-void save_sla2(const std::filesystem::path& folder, const Sla2Weights& weights);
+void save_sla2(const std::filesystem::path& folder, const Sla2Weights& weights,
+               const std::string& save = {});
+/// `save` names a save of several files: it lies in each one's metadata. Throws sla2::Error if the
+/// files of sla2.safetensors and transformer/ name different ones: a save was cut off between them.
+void check_same_save(const std::filesystem::path& sla2);
 /// Puts nn::Attention modules holding these weights (fresh ones for an empty `tensors`) into every
 /// layer named, and sets the token order; and back.
 void apply_sla2(WanTransformer& model, const Sla2Weights& weights);

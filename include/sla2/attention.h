@@ -1,4 +1,4 @@
-// The operator: route, forward, backward (shared symbols: docs/design.md; maths: docs/operator.md).
+// The operator: route, forward, backward (symbols and maths: docs/operator.md).
 #pragma once
 
 #include <cstddef>

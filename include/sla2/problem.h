@@ -15,7 +15,7 @@ struct TokenRange {
   [[nodiscard]] constexpr bool empty() const { return end <= begin; }
 };
 
-/// Shapes and options of one call. Symbols as in the paper (docs/design.md has the table).
+/// Shapes and options of one call. Symbols as in the paper (docs/operator.md has the table).
 struct Problem {
   std::int64_t batch = 1;         // B
   std::int64_t num_heads = 1;     // H

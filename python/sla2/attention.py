@@ -56,6 +56,9 @@ def attention(
     protected: half-open range of key tokens whose blocks are always read exactly.
     key_lengths [B] int64: keys behind that prefix do not exist; None: Nk each.
     routing: used instead of computing one: blocks (hard) or weights (soft).
+    Values of key_lengths and routing on a GPU are not read before the call: a length outside
+    [1, Nk] is brought into it and blocks that do not exist are left out, where on the CPU both are
+    a ValueError.
 
     Returns [B, H, Nq, Dv] of q's type, in q's memory layout. Gradients reach q, k, v, alpha_logit,
     proj_out and, with soft routing, proj_q and proj_k. Under autocast q, k, v are cast as torch's
@@ -64,6 +67,10 @@ def attention(
     call = _prepare(
         q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths, routing
     )
+    return _run(call)
+
+
+def _run(call: tuple) -> Tensor:
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:7])
     return ops.forward(*call, save)[0]
 
@@ -147,9 +154,20 @@ def scaled_dot_product_attention(
             f"key must have query's {query.shape[1]} heads unless enable_gqa is True, "
             f"got {key.shape[1]}"
         )
+    if not isinstance(config, Config):
+        raise ValueError(f"config must be a sla2.Config, got {type(config).__name__}")
     if scale is not None:
         config = Config(**{**vars(config), "scale": scale})
-    return attention(query, key, value, config=config)
+    call = _prepare(
+        query,
+        key,
+        value,
+        *(None,) * 4,
+        config,
+        *(None,) * 3,
+        names=("query", "key", "value"),
+    )
+    return _run(call)
 
 
 def info() -> dict:
@@ -192,15 +210,16 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def _check_activations(q: Tensor, k: Tensor, v: Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor is None and name == "v":
+def _check_activations(q: Tensor, k: Tensor, v: Tensor | None, names) -> None:
+    q_name, k_name, v_name = names  # as the caller's signature calls them
+    for name, tensor in zip(names, (q, k, v), strict=True):
+        if tensor is None and name == v_name:
             continue
         _check_rank4(name, tensor)
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{name} must be float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
-            raise ValueError(f"{name} must have q's type {q.dtype}, got {tensor.dtype}")
+            raise ValueError(f"{name} must have {q_name}'s type {q.dtype}, got {tensor.dtype}")
         if tensor.device.type == "cuda" and not ops.HAS_CUDA:
             raise ValueError(
                 f"{name} must be on the CPU: this build has no CUDA backend, got {tensor.device}"
@@ -208,29 +227,40 @@ def _check_activations(q: Tensor, k: Tensor, v: Tensor | None) -> None:
         if tensor.device.type not in ("cpu", "cuda", "meta"):
             raise ValueError(f"{name} must be on the CPU or a CUDA device, got {tensor.device}")
         if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
+            raise ValueError(f"{name} must be on {q_name}'s device {q.device}, got {tensor.device}")
         if min(tensor.shape[:3]) < 1:
             raise ValueError(f"{name} must have no empty axis, got shape {list(tensor.shape)}")
         size = tensor.shape[3]
         if size % 16 != 0 or not 16 <= size <= 256:
-            what = "value_dim" if name == "v" else "head_dim"
+            what = "value_dim" if name == v_name else "head_dim"
             raise ValueError(f"{what} must be a multiple of 16 up to 256, got {size} in {name}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
         raise ValueError(
-            f"k must have shape [{q.shape[0]}, Hkv, Nk, {q.shape[3]}] to go with q, "
+            f"{k_name} must have shape [{q.shape[0]}, Hkv, Nk, {q.shape[3]}] to go with {q_name}, "
             f"got {list(k.shape)}"
         )
     if q.shape[1] % k.shape[1] != 0:
         raise ValueError(
-            f"k must have a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}"
+            f"{k_name} must have a number of heads that divides {q_name}'s {q.shape[1]}, "
+            f"got {k.shape[1]}"
         )
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            f"v must have shape {list(k.shape[:3])} + [Dv] to go with k, got {list(v.shape)}"
+            f"{v_name} must have shape {list(k.shape[:3])} + [Dv] to go with {k_name}, "
+            f"got {list(v.shape)}"
         )
 
 
+def _check_parameter(name: str, tensor: Tensor, rule: str) -> None:
+    """A float tensor; its shape is checked apart."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape {rule}, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name} must be of a float type, got {tensor.dtype}")
+
+
 def _prepare_alpha(alpha_logit: Tensor, heads: int, q_blocks: int) -> Tensor:
+    _check_parameter("alpha_logit", alpha_logit, f"[{heads}, M] or [{heads}, 1]")
     if alpha_logit.dim() != 2 or alpha_logit.shape[0] != heads or alpha_logit.shape[1] < 1:
         raise ValueError(
             f"alpha_logit must have shape [{heads}, M] or [{heads}, 1], "
@@ -249,7 +279,7 @@ def _check_range(protected, k_tokens) -> tuple[int, int] | None:
     good = (
         isinstance(protected, (tuple, list))
         and len(protected) == 2
-        and all(isinstance(x, int) for x in protected)
+        and all(isinstance(x, int) and not isinstance(x, bool) for x in protected)
     )
     if not good or not 0 <= protected[0] <= protected[1] <= k_tokens:
         raise ValueError(
@@ -270,6 +300,8 @@ def _prepare_routing(routing, config, shape) -> tuple[Tensor | None, Tensor | No
     """(blocks, logits) of a given routing; `shape` is [B, H, M, L, T]."""
     if routing is None:
         return None, None
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing must be a sla2.Routing, got {type(routing).__name__}")
     if config.routing == "hard":
         expected = tuple(shape[:4])
         _check_shape("routing.blocks", routing.blocks, str(list(expected)), expected)
@@ -278,20 +310,49 @@ def _prepare_routing(routing, config, shape) -> tuple[Tensor | None, Tensor | No
         return routing.blocks, None
     expected = (*shape[:3], shape[4])
     _check_shape("routing.weights", routing.weights, str(list(expected)), expected)
-    return None, torch.logit(routing.weights.detach().float())
+    _check_parameter("routing.weights", routing.weights, str(list(expected)))
+    weights = routing.weights.detach().float()
+    _check_weights(weights)
+    return None, torch.logit(weights)
+
+
+def _check_weights(weights: Tensor) -> None:
+    """In [0, 1]: the logit of anything else is NaN. Not for a GPU, which would have to be waited
+    for, nor while compiling."""
+    if weights.device.type != "cpu" or torch.compiler.is_compiling() or _is_fake(weights):
+        return
+    wrong = weights[~((weights >= 0) & (weights <= 1))]
+    if wrong.numel() > 0:
+        raise ValueError(f"routing.weights must be in [0, 1], got {float(wrong[0]):g}")
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def _prepare(
-    q, k, v, proj_q, proj_k, alpha_logit, proj_out, config, protected, key_lengths, routing
+    q,
+    k,
+    v,
+    proj_q,
+    proj_k,
+    alpha_logit,
+    proj_out,
+    config,
+    protected,
+    key_lengths,
+    routing,
+    names=("q", "k", "v"),
 ):
-    """Checks, and the arguments of sla2::forward but for `save`."""
+    """Checks, and the arguments of sla2::forward but for `save`; `names` of q, k, v in errors."""
     if not isinstance(config, Config):
         raise ValueError(f"config must be a sla2.Config, got {type(config).__name__}")
     # Types are compared after autocast, as torch's own attention does.
-    for name, tensor in (("q", q), ("k", k)) + ((("v", v),) if v is not None else ()):
-        _check_rank4(name, tensor)
+    for name, tensor, is_needed in zip(names, (q, k, v), (True, True, v is not None), strict=True):
+        if is_needed:
+            _check_rank4(name, tensor)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    _check_activations(q, k, v)
+    _check_activations(q, k, v, names)
     heads, d = q.shape[1], q.shape[3]
     _check_method(
         config,
@@ -299,14 +360,15 @@ def _prepare(
     )
     for name, projection in (("proj_q", proj_q), ("proj_k", proj_k)):
         if projection is not None:
-            _check_shape(
-                name, projection, f"[{d}, {d}] or [{heads}, {d}, {d}]", (d, d), (heads, d, d)
-            )
+            rule = f"[{d}, {d}] or [{heads}, {d}, {d}]"
+            _check_shape(name, projection, rule, (d, d), (heads, d, d))
+            _check_parameter(name, projection, rule)
     if proj_q is not None and proj_k is not None and proj_q.dim() != proj_k.dim():
         proj_q, proj_k = proj_q.expand(heads, d, d), proj_k.expand(heads, d, d)
     if proj_out is not None:
         dv = v.shape[3]
         _check_shape("proj_out", proj_out, f"[{dv}, {dv}]", (dv, dv))
+        _check_parameter("proj_out", proj_out, f"[{dv}, {dv}]")
     if key_lengths is not None:
         _check_shape("key_lengths", key_lengths, f"[{q.shape[0]}]", (q.shape[0],))
         if key_lengths.dtype not in (torch.int64, torch.int32):

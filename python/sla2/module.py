@@ -30,8 +30,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("seq_len", seq_len)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(config, Config):
+            raise ValueError(f"config must be a sla2.Config, got {type(config).__name__}")
         if not isinstance(head_dim, int) or head_dim % 16 != 0 or not 16 <= head_dim <= 256:
             raise ValueError(f"head_dim must be a multiple of 16 up to 256, got {head_dim!r}")
         if router not in ("layer", "head"):

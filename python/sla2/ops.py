@@ -11,7 +11,6 @@ import torch
 
 from .config import NUMBER_NAMES, OPTION_NAMES
 
-VERSION = "0.1.0"
 _LIBRARY = Path(__file__).parent / "lib" / "libsla2_torch.so"
 _SOFT = 1  # options[4]: routing
 # Bits of backward's `wanted`, in the order of its results (torch_ops/packing.h).
@@ -19,22 +18,24 @@ _DIFFERENTIABLE = ("q", "k", "v", "proj_q", "proj_k", "alpha_logit", "proj_out")
 _RESULTS = ("q", "k", "v", "alpha_logit", "proj_q", "proj_k", "proj_out")
 
 
-def _load() -> bool:
+def _load() -> dict:
     if not hasattr(torch.ops.sla2, "forward"):
         if not _LIBRARY.exists():
             raise ImportError(f"{_LIBRARY} does not exist: build it with `make setup`")
         torch.ops.load_library(str(_LIBRARY))
     found = json.loads(torch.ops.sla2.info())
-    expected = (VERSION, list(OPTION_NAMES), list(NUMBER_NAMES))
-    if (found["version"], found["options"], found["numbers"]) != expected:
+    expected = (list(OPTION_NAMES), list(NUMBER_NAMES))
+    if (found["options"], found["numbers"]) != expected:
         raise ImportError(
-            f"{_LIBRARY} is of version {found['version']}, this package is "
-            f"{VERSION}: build it again with `make setup`"
+            f"{_LIBRARY} (version {found['version']}) takes other options than this package: "
+            "build it again with `make setup`"
         )
-    return any(one["device"] == "cuda" for one in found["implementations"])
+    return found
 
 
-HAS_CUDA = _load()  # this build has kernels for GPUs
+_FOUND = _load()
+VERSION = _FOUND["version"]  # CMakeLists.txt's
+HAS_CUDA = any(one["device"] == "cuda" for one in _FOUND["implementations"])  # has GPU kernels
 
 
 @contextmanager

@@ -65,7 +65,7 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
              const Context& context) {
   validate(problem);
   check_inputs(problem, inputs, Pass::kForward);
-  check_outputs(problem, outputs);
+  check_outputs(problem, inputs, outputs);
   const Plan plan = make_plan(problem, Pass::kForward, context);
   plan.implementation.forward(problem, inputs, outputs, plan.context);
 }
@@ -75,7 +75,7 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
   validate(problem);
   check_inputs(problem, inputs, Pass::kBackward);
   check_saved(problem, inputs, saved, d_out);
-  check_gradients(problem, gradients);
+  check_gradients(problem, inputs, saved, d_out, gradients);
   const Plan plan = make_plan(problem, Pass::kBackward, context);
   plan.implementation.backward(problem, inputs, saved, d_out, gradients, plan.context);
 }

@@ -2,6 +2,7 @@
 #include <array>
 #include <cstdlib>
 #include <iostream>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -61,6 +62,15 @@ void check_name(std::string_view wanted) {
   throw Error(message("implementation must be one of ", names, "; got ", wanted));
 }
 
+/// The reference is right and hundreds of times slower: whoever did not ask for it should know.
+void warn_of_the_reference(Pass pass, const std::string& reasons) {
+  static std::once_flag once;  // a line a process, not one a call
+  std::call_once(once, [&] {
+    std::cerr << message("sla2: ", name_of(pass),
+                         " runs on the reference, which is very slow: ", reasons, "\n");
+  });
+}
+
 }  // namespace
 
 std::span<const Implementation* const> implementations() { return kImplementations; }
@@ -78,6 +88,8 @@ const Implementation& select_implementation(const Problem& problem, Pass pass) {
                                     ? message("not the one asked for (", wanted, ")")
                                     : refusal_of(*implementation, problem, pass);
     if (refusal.empty()) {
+      const bool is_fallback = wanted.empty() && implementation == implementations().back();
+      if (is_fallback && !verbose) warn_of_the_reference(pass, reasons);
       if (verbose) {
         std::cerr << message("sla2: ", name_of(pass), " runs on ", implementation->name, "\n");
       }

@@ -1,6 +1,8 @@
 #include "core/validate_call.h"
 
+#include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -10,6 +12,8 @@ namespace sla2 {
 namespace {
 
 using Shape = std::array<std::int64_t, 4>;
+
+constexpr std::int64_t kMaxOffset = std::int64_t{1} << 60;
 
 std::string text_of(const Shape& shape) {
   return message("[", shape[0], ", ", shape[1], ", ", shape[2], ", ", shape[3], "]");
@@ -32,18 +36,56 @@ void check_view(const Problem& problem, const char* name, const ConstView& view,
     require(stride >= 0, name, " must have no negative stride, got strides ",
             text_of(view.strides));
   }
+  // Kernels add up offsets in int64_t bytes.
+  std::int64_t last = shape[3] - 1;
+  for (std::size_t axis = 0; axis < 3; ++axis) {
+    const std::int64_t steps = shape[axis] - 1;
+    require(steps == 0 || view.strides[axis] <= (kMaxOffset - last) / steps, name,
+            " must reach at most 2^60 elements, got strides ", text_of(view.strides));
+    last += steps * view.strides[axis];
+  }
   const auto address = reinterpret_cast<std::uintptr_t>(view.data);
   require(address % static_cast<std::uintptr_t>(bytes_of(view.dtype)) == 0, name,
           " must be aligned to its element of ", bytes_of(view.dtype), " bytes, got an address ",
           address % 4, " above a multiple of 4");
 }
 
-/// As check_view; two elements of an output must also not share an address.
+/// As check_view; two elements of an output must also not share an address, as threads write them.
+/// Every axis steps over all that the axes of smaller strides reach: not the only views without
+/// repeats, but all that slices, transpositions and paddings of a dense tensor give.
 void check_output(const Problem& problem, const char* name, const View& view, const Shape& shape) {
   check_view(problem, name, as_const(view), shape);
-  for (std::size_t axis = 0; axis < 3; ++axis) {
-    require(shape[axis] == 1 || view.strides[axis] > 0, name,
+  std::array<std::size_t, 3> axes{0, 1, 2};
+  std::sort(axes.begin(), axes.end(),
+            [&](std::size_t a, std::size_t b) { return view.strides[a] < view.strides[b]; });
+  std::int64_t reach = shape[3];  // elements from the first to the last, of the axes so far
+  for (const std::size_t axis : axes) {
+    if (shape[axis] == 1) continue;
+    require(view.strides[axis] >= reach, name,
             " is written and must not repeat elements, got strides ", text_of(view.strides));
+    reach += (shape[axis] - 1) * view.strides[axis];
+  }
+}
+
+/// A view and its name in messages.
+struct Named {
+  const char* name;
+  const void* data;
+};
+
+/// What is written may not be the memory of what is read or written beside it. Views that
+/// interleave in one buffer (a fused [B, N, 3, H, D]) are right, so only a common first element is
+/// refused.
+template <std::size_t kWritten, std::size_t kRead>
+void check_apart(const std::array<Named, kWritten>& written, const std::array<Named, kRead>& read) {
+  for (std::size_t at = 0; at < kWritten; ++at) {
+    const auto differs_from = [&](const Named& other) {
+      require(written[at].data == nullptr || written[at].data != other.data, written[at].name,
+              " must not be the memory of ", other.name,
+              ", got one address for both: ", other.data);
+    };
+    std::for_each(read.begin(), read.end(), differs_from);
+    std::for_each(written.begin(), written.begin() + static_cast<std::ptrdiff_t>(at), differs_from);
   }
 }
 
@@ -144,7 +186,7 @@ void check_routing_output(const Problem& problem, const Routing& routing) {
           static_cast<const void*>(routing.logits));
 }
 
-void check_outputs(const Problem& problem, const Outputs& outputs) {
+void check_outputs(const Problem& problem, const Inputs& inputs, const Outputs& outputs) {
   const Shape shape = query_shape(problem, problem.value_dim);
   check_output(problem, "out", outputs.out, shape);
   check_optional_output(problem, "out_sparse", outputs.out_sparse, shape);
@@ -152,6 +194,10 @@ void check_outputs(const Problem& problem, const Outputs& outputs) {
   require(problem.config.routing == RoutingMode::kSoft || outputs.routing.logits == nullptr,
           "routing.logits must be null with hard routing, got ",
           static_cast<const void*>(outputs.routing.logits));
+  check_apart(
+      std::array{Named{"out", outputs.out.data}, Named{"out_sparse", outputs.out_sparse.data},
+                 Named{"out_linear", outputs.out_linear.data}},
+      std::array{Named{"q", inputs.q.data}, Named{"k", inputs.k.data}, Named{"v", inputs.v.data}});
 }
 
 void check_saved(const Problem& problem, const Inputs& inputs, const Saved& saved,
@@ -172,7 +218,8 @@ void check_saved(const Problem& problem, const Inputs& inputs, const Saved& save
   check_given_routing(problem, inputs, "saved.routing", saved.routing);
 }
 
-void check_gradients(const Problem& problem, const Gradients& gradients) {
+void check_gradients(const Problem& problem, const Inputs& inputs, const Saved& saved,
+                     ConstView d_out, const Gradients& gradients) {
   check_optional_output(problem, "d_q", gradients.d_q, query_shape(problem, problem.head_dim));
   check_optional_output(problem, "d_k", gradients.d_k, key_shape(problem, problem.head_dim));
   check_optional_output(problem, "d_v", gradients.d_v, key_shape(problem, problem.value_dim));
@@ -184,6 +231,12 @@ void check_gradients(const Problem& problem, const Gradients& gradients) {
           "d_proj_k must be null except with method sla2 and soft routing");
   require(!sla || gradients.d_alpha_logit == nullptr, "d_alpha_logit must be null with method sla");
   require(sla || gradients.d_proj_out == nullptr, "d_proj_out must be null except with method sla");
+  check_apart(
+      std::array{Named{"d_q", gradients.d_q.data}, Named{"d_k", gradients.d_k.data},
+                 Named{"d_v", gradients.d_v.data}},
+      std::array{Named{"q", inputs.q.data}, Named{"k", inputs.k.data}, Named{"v", inputs.v.data},
+                 Named{"d_out", d_out.data}, Named{"saved.out_sparse", saved.out_sparse.data},
+                 Named{"saved.out_linear", saved.out_linear.data}});
 }
 
 }  // namespace sla2

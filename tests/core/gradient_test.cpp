@@ -94,6 +94,41 @@ TEST_P(GradientTest, MatchesFiniteDifferences) {
   }
 }
 
+/// The same code in float. Sums of up to some thousand terms, one rounding of 2^-24 each at the
+/// worst.
+TEST_P(GradientTest, IsTheSameInFloat) {
+  const auto narrow = [](const Vector& x) { return std::vector<float>(x.begin(), x.end()); };
+  Operands<float> operands{narrow(operands_.q),        narrow(operands_.k),
+                           narrow(operands_.v),        narrow(operands_.proj_q),
+                           narrow(operands_.proj_k),   narrow(operands_.alpha_logit),
+                           narrow(operands_.proj_out), operands_.key_lengths};
+  ForwardResult<float> saved{
+      narrow(saved_.out),
+      narrow(saved_.out_sparse),
+      narrow(saved_.out_linear),
+      narrow(saved_.lse),
+      narrow(saved_.k_mean),
+      {narrow(saved_.routing.scores), saved_.routing.blocks, narrow(saved_.routing.logits)}};
+  const auto gradient = reference::backward(problem_, operands, saved, narrow(d_out_));
+  const auto compare = [](const char* name, const std::vector<float>& ours, const Vector& exact) {
+    ASSERT_EQ(ours.size(), exact.size()) << name;
+    double norm = 0;
+    for (const double x : exact) norm += x * x;
+    if (norm == 0) {
+      for (const float x : ours) EXPECT_EQ(x, 0) << name;
+    } else {
+      EXPECT_LE(relative_error(ours, exact), 4096 * 0x1p-24) << name;
+    }
+  };
+  compare("d_q", gradient.d_q, gradient_.d_q);
+  compare("d_k", gradient.d_k, gradient_.d_k);
+  compare("d_v", gradient.d_v, gradient_.d_v);
+  compare("d_alpha_logit", gradient.d_alpha_logit, gradient_.d_alpha_logit);
+  compare("d_proj_q", gradient.d_proj_q, gradient_.d_proj_q);
+  compare("d_proj_k", gradient.d_proj_k, gradient_.d_proj_k);
+  compare("d_proj_out", gradient.d_proj_out, gradient_.d_proj_out);
+}
+
 void soft(Problem& p) {
   p.config.routing = RoutingMode::kSoft;
   p.config.tau = 0.5;
@@ -153,6 +188,29 @@ INSTANTIATE_TEST_SUITE_P(
                        p.config.keep = 1;
                      },
                      {}},
+        GradientCase{"sla_soft",
+                     [](Problem& p) {
+                       soft(p);
+                       p.config.method = Method::kSla;
+                     },
+                     {}},
+        // The blocks beside the protected ones are no more than the target: all have m = 1.
+        GradientCase{"soft_all_protected",
+                     [](Problem& p) {
+                       soft(p);
+                       p.protected_keys = {0, 118};
+                     },
+                     {}},
+        GradientCase{"soft_lengths_protected_per_head",
+                     [](Problem& p) {
+                       soft(p);
+                       p.num_routers = 2;
+                       p.num_kv_heads = 2;
+                       p.alpha_blocks = 3;
+                       p.config.score_norm = ScoreNorm::kSoftmax;
+                       p.protected_keys = {30, 40};
+                     },
+                     {150, 75}},
         GradientCase{"soft_elu_raw",
                      [](Problem& p) {
                        soft(p);

@@ -163,6 +163,7 @@ struct Call {
   Tensor out, out_sparse, out_linear, d_q, d_k, d_v;
   Array<float> lse, k_mean, logits, d_alpha_logit, d_proj_q, d_proj_k, d_proj_out;
   Array<std::int32_t> blocks;
+  bool workspaces_intact = true;  // no run wrote beside its workspace
 
   explicit Call(const Problem& of, std::uint64_t seed = 1, Layout layout = Layout::kDense,
                 std::vector<std::int64_t> lengths = {})
@@ -243,32 +244,60 @@ struct Call {
             d_proj_q.data(), d_proj_k.data(), d_proj_out.data()};
   }
   [[nodiscard]] bool guards_intact() {
-    return out.guards_intact() && out_sparse.guards_intact() && out_linear.guards_intact() &&
-           d_q.guards_intact() && d_k.guards_intact() && d_v.guards_intact() &&
-           lse.guards_intact() && k_mean.guards_intact() && logits.guards_intact() &&
-           d_alpha_logit.guards_intact() && d_proj_q.guards_intact() && d_proj_k.guards_intact() &&
-           d_proj_out.guards_intact() && blocks.guards_intact();
+    return workspaces_intact && out.guards_intact() && out_sparse.guards_intact() &&
+           out_linear.guards_intact() && d_q.guards_intact() && d_k.guards_intact() &&
+           d_v.guards_intact() && lse.guards_intact() && k_mean.guards_intact() &&
+           logits.guards_intact() && d_alpha_logit.guards_intact() && d_proj_q.guards_intact() &&
+           d_proj_k.guards_intact() && d_proj_out.guards_intact() && blocks.guards_intact();
   }
 
-  [[nodiscard]] std::vector<std::byte> workspace(Pass pass, std::int64_t num_threads) const {
-    return std::vector<std::byte>(workspace_bytes(problem, pass, num_threads));
+  /// A workspace of NaN with sentinels on either side. It begins one byte above a multiple of 64,
+  /// so that what the library aligns to 64 ends one byte before the sentinels.
+  class Scratch {
+   public:
+    explicit Scratch(std::size_t bytes) : bytes_(bytes), storage_(bytes + 3 * kGuard, kSentinel) {}
+    [[nodiscard]] std::span<std::byte> span() {
+      return std::span(storage_).subspan(begin(), bytes_);
+    }
+    [[nodiscard]] bool guards_intact() const {
+      const auto is_sentinel = [](std::byte x) { return x == kSentinel; };
+      const auto at = static_cast<std::ptrdiff_t>(begin());
+      const auto size = static_cast<std::ptrdiff_t>(bytes_);
+      return std::all_of(storage_.begin(), storage_.begin() + at, is_sentinel) &&
+             std::all_of(storage_.begin() + at + size, storage_.end(), is_sentinel);
+    }
+
+   private:
+    static constexpr std::size_t kGuard = 512;  // more than any vector or tile store reaches
+    static constexpr std::byte kSentinel{0xFF};
+    [[nodiscard]] std::size_t begin() const {
+      const auto address = reinterpret_cast<std::uintptr_t>(storage_.data()) + kGuard;
+      return kGuard + (64 - address % 64) + 1;
+    }
+    std::size_t bytes_;
+    std::vector<std::byte> storage_;
+  };
+  [[nodiscard]] Scratch workspace(Pass pass, std::int64_t num_threads) const {
+    return Scratch(workspace_bytes(problem, pass, num_threads));
   }
   /// `given`: route by what `blocks` or `logits` hold, and leave them.
   void run_forward(Executor& executor, bool given = false) {
-    std::vector<std::byte> scratch = workspace(Pass::kForward, executor.num_threads());
+    Scratch scratch = workspace(Pass::kForward, executor.num_threads());
     Inputs in = inputs();
     Outputs to = outputs();
     if (given) {
       in.routing = const_routing();
       to.routing = {};
     }
-    forward(problem, in, to, {executor, scratch});
+    forward(problem, in, to, {executor, scratch.span()});
+    workspaces_intact = workspaces_intact && scratch.guards_intact();
   }
   void run_backward(Executor& executor, bool given = false) {
-    std::vector<std::byte> scratch = workspace(Pass::kBackward, executor.num_threads());
+    Scratch scratch = workspace(Pass::kBackward, executor.num_threads());
     Inputs in = inputs();
     if (given) in.routing = const_routing();
-    backward(problem, in, saved(), d_out.const_view(), gradients(), {executor, scratch});
+    backward(problem, in, saved(), d_out.const_view(), gradients(), {executor, scratch.span()});
+    workspaces_intact = workspaces_intact && scratch.guards_intact();
   }
 
   template <typename Real>
@@ -288,6 +317,31 @@ template <typename A, typename B>
     norm += static_cast<double>(b[i]) * static_cast<double>(b[i]);
   }
   return std::sqrt(difference / std::max(norm, 1e-300));
+}
+
+/// The worst of the errors of `part` consecutive values (rows, blocks of rows), each relative to
+/// the norm of those values, or to what such a part has on average if that is more: where a part
+/// nearly vanishes, rounding goes by what cancelled in it.
+template <typename A, typename B>
+[[nodiscard]] double worst_part_error(const std::vector<A>& a, const std::vector<B>& b,
+                                      std::size_t part) {
+  double all = 0;
+  for (const B x : b) all += static_cast<double>(x) * static_cast<double>(x);
+  const double average = all * static_cast<double>(part) / static_cast<double>(b.size());
+  double worst = 0;
+  for (std::size_t first = 0; first < b.size(); first += part) {
+    double difference = 0;
+    double norm = 0;
+    for (std::size_t i = first; i < std::min(first + part, b.size()); ++i) {
+      const double x = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+      difference += x * x;
+      norm += static_cast<double>(b[i]) * static_cast<double>(b[i]);
+    }
+    const double error = difference / std::max({norm, average, 1e-300});
+    if (std::isnan(error)) return error;  // the worst of all
+    worst = std::max(worst, error);
+  }
+  return std::sqrt(worst);
 }
 
 }  // namespace sla2::test

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <iostream>
 #include <limits>
 #include <ostream>
 #include <string>
@@ -194,6 +195,24 @@ const std::vector<CallRule> kCallRules = {
      Pass::kForward, "q must be aligned to its element of 4 bytes, got an address 1 above"},
     {"out_repeats", plain, [](CallArguments& a) { a.outputs.out.strides[0] = 0; }, Pass::kForward,
      "out is written and must not repeat elements, got strides [0, 2240, 32, 1]"},
+    // Rows that overlap, heads inside each other's rows, rows one element short of apart.
+    {"out_rows_overlap", plain, [](CallArguments& a) { a.outputs.out.strides[2] = 1; },
+     Pass::kForward, "out is written and must not repeat elements, got strides [2240, 2240, 1, 1]"},
+    {"out_rows_short", plain, [](CallArguments& a) { a.outputs.out.strides[2] = 31; },
+     Pass::kForward,
+     "out is written and must not repeat elements, got strides [2240, 2240, 31, 1]"},
+    {"out_batches_overlap", plain, [](CallArguments& a) { a.outputs.out.strides[0] = 2239; },
+     Pass::kForward,
+     "out is written and must not repeat elements, got strides [2239, 2240, 32, 1]"},
+    {"reach", plain, [](CallArguments& a) { a.inputs.k.strides[2] = std::int64_t{1} << 59; },
+     Pass::kForward,
+     "k must reach at most 2^60 elements, got strides [2400, 2400, 576460752303423488, 1]"},
+    {"out_linear_is_out_sparse", plain,
+     [](CallArguments& a) { a.outputs.out_linear.data = a.outputs.out_sparse.data; },
+     Pass::kForward, "out_linear must not be the memory of out_sparse, got one address for both"},
+    {"d_v_is_v", plain,
+     [](CallArguments& a) { a.gradients.d_v.data = const_cast<void*>(a.inputs.v.data); },
+     Pass::kBackward, "d_v must not be the memory of v, got one address for both"},
     {"out_null", plain, [](CallArguments& a) { a.outputs.out = {}; }, Pass::kForward,
      "out must not be null"},
     {"out_sparse_shape", plain, [](CallArguments& a) { a.outputs.out_sparse.shape[3] = 16; },
@@ -310,22 +329,67 @@ TEST(Selection, VerbosePrintsTheChoice) {
   EXPECT_NE(text.find("sla2: forward runs on reference\n"), std::string::npos) << text;
 }
 
+/// Runs fp8 twice on the CPU, which has no kernel for it, and ends the process.
+void run_fp8_twice(const char* implementation) {
+  Problem problem = small_problem(33, 65, 16, 32);
+  problem.config.precision = Precision::kFp8;
+  problem.implementation = implementation;
+  static_cast<void>(select_implementation(problem, Pass::kForward));
+  static_cast<void>(select_implementation(problem, Pass::kForward));
+  std::cerr << "end\n";
+  std::exit(0);
+}
+
+/// In processes of their own: a line a process.
+TEST(Dispatch, SaysOnceThatItFellBackToTheReference) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(run_fp8_twice(nullptr), testing::ExitedWithCode(0),
+              "^sla2: forward runs on the reference, which is very slow: .*fp8[^\n]*\nend\n$");
+  EXPECT_EXIT(run_fp8_twice("reference"), testing::ExitedWithCode(0), "^end\n$");
+}
+
 TEST(Workspace, IsCheckedAgainstWhatWasAskedFor) {
   EXPECT_EQ(message_of([] {
               static_cast<void>(workspace_bytes(small_problem(70, 150, 16, 32), Pass::kForward, 0));
             }),
             "num_threads must be in [1, 1024], got 0");
-  Problem problem = small_problem(70, 150, 16, 32);
-  const std::size_t wanted = workspace_bytes(problem, Pass::kForward, 1);
-  if (wanted == 0) GTEST_SKIP() << "the chosen implementation needs no workspace";
-  Call call(problem);
-  SerialExecutor serial;
-  std::vector<std::byte> scratch(wanted - 1);
-  EXPECT_EQ(message_of([&] {
-              forward(problem, call.inputs(), call.outputs(), {serial, scratch});
-            }),
-            "workspace must hold at least " + std::to_string(wanted) + " bytes, got " +
-                std::to_string(wanted - 1));
+}
+
+/// Every implementation of this machine, every pass, hard and soft routing.
+TEST(Workspace, OneByteShortIsRefused) {
+  int refused = 0;
+  for (const Implementation* const one : implementations()) {
+    for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+      Problem problem = small_problem(70, 150, 16, 32);
+      problem.config.routing = mode;
+      problem.implementation = one->name;
+      if (one->device != Device::kCpu || !one->refusal(problem, Pass::kForward).empty()) continue;
+      Call call(problem);
+      const auto executor = make_thread_pool(3);
+      call.run_forward(*executor);
+      for (const Pass pass : {Pass::kRoute, Pass::kForward, Pass::kBackward}) {
+        const std::size_t wanted = workspace_bytes(problem, pass, 3);
+        if (wanted == 0) continue;  // the reference needs none
+        std::vector<std::byte> scratch(wanted - 1);
+        const Context context{*executor, scratch};
+        EXPECT_EQ(message_of([&] {
+                    if (pass == Pass::kRoute) {
+                      route(problem, call.inputs(), call.routing(), context);
+                    } else if (pass == Pass::kForward) {
+                      forward(problem, call.inputs(), call.outputs(), context);
+                    } else {
+                      backward(problem, call.inputs(), call.saved(), call.d_out.const_view(),
+                               call.gradients(), context);
+                    }
+                  }),
+                  "workspace must hold at least " + std::to_string(wanted) + " bytes, got " +
+                      std::to_string(wanted - 1))
+            << one->name;
+        ++refused;
+      }
+    }
+  }
+  EXPECT_GE(refused, 6);  // at least the baseline's
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "core/float16.h"
 #include "core/problems.h"
 #include "cpu/job.h"
+#include "reference/reference.h"
 #include "sla2/sla2.h"
 
 namespace sla2::test {
@@ -87,6 +88,38 @@ void expect_close(const char* what, const std::vector<Ours>& ours, const std::ve
   const double error = relative_error(ours, exact);
   EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
 }
+
+/// expect_close for a tensor of rows of `width` values, and the same rule for the worst row and the
+/// worst 32 rows: a norm over a whole tensor forgives one wrong row or block. There the floors are
+/// those of extremes: storing costs half a unit of the last place, and the largest of R Gaussian
+/// errors is sqrt(2 ln R) deviations, 4.1 for 4096 rows, where the rule for the whole speaks of
+/// one.
+template <typename Ours>
+void expect_rows_close(const char* what, const std::vector<Ours>& ours,
+                       const std::vector<float>& naive, const std::vector<double>& exact,
+                       DType dtype, std::int64_t width, double floor = kSumError) {
+  expect_close(what, ours, naive, exact, dtype, floor);
+  if (std::all_of(exact.begin(), exact.end(), [](double x) { return x == 0; })) return;
+  for (const std::int64_t rows : {1, 32}) {
+    const auto part = static_cast<std::size_t>(rows * width);
+    const double bound =
+        2 * worst_part_error(naive, exact, part) + 4.1 * floor + 2 * storage_error(dtype);
+    const double error = worst_part_error(ours, exact, part);
+    EXPECT_TRUE(error <= bound) << what << ": the worst of every " << rows
+                                << " rows: relative error " << error << ", bound " << bound;
+  }
+}
+
+/// o_s of precision int8 against the reference's emulation. Both quantise q, ks and v to the same
+/// integers and sum exactly; only p can differ, which has a grid of 1/255 of the largest weight:
+/// - the same chunks, so the same grid: p differs by one where 255 e^(s - max) lies within `kReach`
+///   of a half. A row whose p sum to S has 2 kReach S / 255 such keys on average, n + 3 sqrt(n) + 2
+///   at the most (Poisson), and each moves o_s by |v - o_s| / S <= 2 max|v| / S;
+/// - other chunks, so another grid: every p of the row's keys differs by a rounding on either side,
+///   sqrt(1/12 + 1/12) each, 5 deviations at the most.
+enum class Chunks : std::uint8_t { kSame, kOther };
+void expect_integers_close(Call& call, const reference::RoutingResult<double>& routing,
+                           const std::vector<float>& emulated, Chunks chunks);
 
 /// One call: what is not set is small_problem's.
 struct ParityCase {

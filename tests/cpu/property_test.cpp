@@ -219,7 +219,7 @@ TEST_P(Cpu, GivenRoutingIsUsed) {
   Problem exact = p;
   exact.config.precision = Precision::kFp32;
   const auto expected = reference::forward(exact, call.operands<double>(), &given);
-  // int8 on random normal inputs: about 2e-2 (docs: performance).
+  // int8 on random normal inputs: about 2e-2.
   EXPECT_LT(relative_error(call.out.values(), expected.out), 5e-2);
 }
 

@@ -73,24 +73,26 @@ class Mirror {
   std::vector<Block> blocks_;
 };
 
-/// A workspace of NaN with sentinels behind it.
+/// A workspace of NaN with sentinels on either side.
 class Scratch {
  public:
   Scratch(Memory& memory, std::size_t bytes) : memory_(memory), bytes_(bytes) {
-    const std::vector<std::byte> poison(bytes + kGuard, std::byte{0xFF});
+    const std::vector<std::byte> poison(bytes + 2 * kGuard, std::byte{0xFF});
     data_ = static_cast<std::byte*>(memory.take(poison.size()));
     memory.upload(data_, poison.data(), poison.size());
   }
   ~Scratch() { memory_.give_back(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  [[nodiscard]] std::span<std::byte> span() const { return {data_, bytes_}; }
+  [[nodiscard]] std::span<std::byte> span() const { return {data_ + kGuard, bytes_}; }
   void expect_intact() const {
-    std::vector<std::byte> behind(kGuard);
-    memory_.download(behind.data(), data_ + bytes_, kGuard);
-    EXPECT_TRUE(std::all_of(behind.begin(), behind.end(), [](std::byte x) {
-      return x == std::byte{0xFF};
-    })) << "written behind the workspace";
+    for (const std::byte* const guard : {data_, data_ + kGuard + bytes_}) {
+      std::vector<std::byte> copy(kGuard);
+      memory_.download(copy.data(), guard, kGuard);
+      EXPECT_TRUE(
+          std::all_of(copy.begin(), copy.end(), [](std::byte x) { return x == std::byte{0xFF}; }))
+          << "written " << (guard == data_ ? "before" : "behind") << " the workspace";
+    }
   }
 
  private:

@@ -37,11 +37,20 @@ inline void judge_forward(Call& call) {
                          ? reference::forward(problem, call.operands<float>(), &given_float)
                          : plain16_forward(problem, call.operands<float>(), given_float);
   const DType dtype = problem.dtype;
-  expect_close("out", call.out.values(), naive.out, exact.out, dtype);
-  expect_close("out_sparse", call.out_sparse.values(), naive.out_sparse, exact.out_sparse, dtype);
-  expect_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear, dtype);
-  expect_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32);
-  expect_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32);
+  const std::int64_t dv = problem.value_dim;
+  expect_rows_close("out", call.out.values(), naive.out, exact.out, dtype, dv);
+  expect_rows_close("out_sparse", call.out_sparse.values(), naive.out_sparse, exact.out_sparse,
+                    dtype, dv);
+  expect_rows_close("out_linear", call.out_linear.values(), naive.out_linear, exact.out_linear,
+                    dtype, dv);
+  expect_rows_close("lse", call.lse.values(), naive.lse, exact.lse, DType::kF32, 1);
+  expect_rows_close("k_mean", call.k_mean.values(), naive.k_mean, exact.k_mean, DType::kF32,
+                    problem.head_dim);
+  if (problem.config.precision == Precision::kInt8 &&
+      problem.config.routing == RoutingMode::kHard) {
+    const auto emulated = reference::forward(problem, call.operands<float>(), &given_float);
+    expect_integers_close(call, given, emulated.out_sparse, Chunks::kOther);  // one tile a chunk
+  }
 }
 
 template <typename Real>
@@ -67,16 +76,16 @@ inline double largest(const std::vector<double>& values) {
   return most;
 }
 
-/// expect_close, but a gradient that is exactly zero (one key: dP = Ds) may keep what `terms` fp32
-/// roundings of numbers up to `magnitude` leave of it.
+/// expect_rows_close, but a gradient that is exactly zero (one key: dP = Ds) may keep what `terms`
+/// fp32 roundings of numbers up to `magnitude` leave of it.
 template <typename Naive>
 void expect_gradient(const char* what, const std::vector<double>& ours, const Naive& naive,
-                     const std::vector<double>& exact, DType dtype, double terms,
-                     double magnitude) {
+                     const std::vector<double>& exact, DType dtype, std::int64_t width,
+                     double terms, double magnitude) {
   if (largest(exact) == 0) {
     EXPECT_LE(largest(ours), terms * 0x1p-24 * magnitude) << what;
   } else {
-    expect_close(what, ours, naive, exact, dtype);
+    expect_rows_close(what, ours, naive, exact, dtype, width);
   }
 }
 
@@ -141,12 +150,12 @@ inline void judge_backward(Call& call, bool given = false) {
   const auto group = static_cast<double>(problem.num_heads / problem.num_kv_heads);
   const double products = static_cast<double>(problem.value_dim) * largest(d_out) *
                           largest(call.v.values()) * softmax_scale(problem);
-  expect_gradient("d_q", call.d_q.values(), naive.d_q, exact.d_q, dtype,
+  expect_gradient("d_q", call.d_q.values(), naive.d_q, exact.d_q, dtype, problem.head_dim,
                   static_cast<double>(problem.k_tokens), products * 2 * largest(call.k.values()));
-  expect_gradient("d_k", call.d_k.values(), naive.d_k, exact.d_k, dtype,
+  expect_gradient("d_k", call.d_k.values(), naive.d_k, exact.d_k, dtype, problem.head_dim,
                   group * static_cast<double>(problem.q_tokens),
                   products * largest(call.q.values()));
-  expect_close("d_v", call.d_v.values(), naive.d_v, exact.d_v, dtype);
+  expect_rows_close("d_v", call.d_v.values(), naive.d_v, exact.d_v, dtype, problem.value_dim);
   using Gradient = reference::GradientResult<float>;
   std::vector<Gradient> dithered;  // made when somebody asks; none for fp32
   const auto parameter = [&](const char* what, const Array<float>& ours,

@@ -256,6 +256,32 @@ TEST(CudaProperty, GivenRoutingIsUsed) {
   }
 }
 
+/// Tables and lengths in device memory cannot be checked by the host: what does not exist is left
+/// out. The emulator's blocks are of exactly the size asked for, so that sanitizers see a step out.
+TEST(CudaProperty, ABadTableOrLengthReachesNothingOutside) {
+  SLA2_SKIP_WITHOUT_MACHINE();
+  constexpr std::int32_t kFar = 1000000;
+  const std::vector<std::vector<std::int32_t>> tables = {{-7, 2, -1}, {kFar, 0, kFar}, {3, 3, 3},
+                                                         {5, 2, 0},   {-1, -1, -1},    {0, 10, 9}};
+  for (const Precision precision : {Precision::kInt8, Precision::kBf16}) {
+    for (const auto& table : tables) {
+      Problem p = problem_of(RoutingMode::kHard, DType::kBF16);
+      p.config.precision = precision;
+      p.batch = 2;
+      p.q_tokens = 70;
+      p.k_tokens = 130;
+      Call call(p, 19, Layout::kDense, {-5, kFar});
+      for (std::int64_t i = 0; i < call.blocks.size(); ++i) {
+        call.blocks[i] = table[static_cast<std::size_t>(i) % table.size()];
+      }
+      DeviceCall on_device(call);
+      on_device.forward(true);
+      on_device.backward(true);
+      EXPECT_TRUE(call.guards_intact());
+    }
+  }
+}
+
 TEST(CudaProperty, OutputsThatAreNotWantedMayBeMissing) {
   SLA2_SKIP_WITHOUT_MACHINE();
   for (const RoutingMode mode : kModes) {

@@ -37,11 +37,11 @@ TEST(SelfTest, PassesAndIsRemembered) {
   const CacheFolder folder;
   const SelfTest first = self_test(emulated::kImplementation, true);
   EXPECT_EQ(first.implementation, "emulated");
-  EXPECT_EQ(first.checks, 14);  // seven problems, forward and backward
+  EXPECT_EQ(first.checks, 20);  // ten problems, forward and backward
   EXPECT_FALSE(first.cached);
   EXPECT_TRUE(self_test(emulated::kImplementation, true).cached);
   const SelfTest again = self_test(emulated::kImplementation, false);
-  EXPECT_EQ(again.checks, 14);
+  EXPECT_EQ(again.checks, 20);
   EXPECT_FALSE(again.cached);
 }
 

@@ -8,6 +8,7 @@
 
 #include "io/config_json.h"
 #include "io/files.h"
+#include "io/model_files.h"
 #include "io/safetensors.h"
 #include "io/video_file.h"
 #include "tests/io/helpers.h"
@@ -114,37 +115,67 @@ TEST(IoMutate, Configs) {
   tally.check(1.0);
 }
 
-TEST(IoMutate, FoldersOfWeights) {
-  Mutator mutator(test::fuzz_seed() + 1);
-  const std::string whole = R"({"config": )" + to_json(Config{}).dump() + R"(,
-    "token_order": "tiles", "tile": [4, 4, 4], "grid": [16, 16, 16], "router": "layer",
-    "alpha": "block", "keeps": [0.05, 0.04, 0.03], "layers": ["blocks.0.attn1", "blocks.1.attn1"]})";
+/// Damages `whole` kCases times and hands each to `read`, the parser that the program itself uses.
+template <typename Read>
+void fuzz_json(std::uint64_t seed, const std::string& whole, const Read& read) {
+  Mutator mutator(seed);
+  ASSERT_NO_THROW(read(parse_json(whole, "whole"), whole));
   Tally tally;
   for (int i = 0; i < kCases && !testing::Test::HasFailure(); ++i) {
     const std::string damaged = mutator.json(whole);
-    tally.run([&] {
-      const nlohmann::json json = parse_json(damaged, "mutated");
-      nlohmann::json config;
-      std::string order, router, alpha;
-      std::array<std::int64_t, 3> tile{}, grid{};
-      std::vector<double> keeps;
-      std::vector<std::string> layers;
-      JsonObject(json, "mutated")
-          .required("config", config)
-          .required("token_order", order)
-          .required("tile", tile)
-          .required("grid", grid)
-          .required("router", router)
-          .required("alpha", alpha)
-          .required("keeps", keeps)
-          .required("layers", layers)
-          .finish();
-      const Config read = config_from_json(config);
-      EXPECT_EQ(to_json(config_from_json(to_json(read))), to_json(read)) << damaged;
-      EXPECT_EQ(json["layers"].size(), layers.size());
-    });
+    tally.run([&] { read(parse_json(damaged, "mutated"), damaged); });
   }
   tally.check(1.0);
+}
+
+TEST(IoMutate, FoldersOfWeights) {
+  nlohmann::json whole = to_json(Config{});
+  whole.update(nlohmann::json::parse(R"({"token_order": "tiles", "tile": [4, 4, 4],
+    "grid": [16, 16, 16], "router": "layer", "alpha": "block", "keeps": [0.05, 0.04, 0.03],
+    "layers": ["blocks.0.attn1", "blocks.1.attn1"]})"));
+  fuzz_json(test::fuzz_seed() + 1, whole.dump(1), [](const auto& json, const std::string& text) {
+    const Sla2Text read = sla2_from_json(json, "mutated");
+    EXPECT_NO_THROW(validate(read.config)) << text;
+    EXPECT_EQ(read.layers.size(), json["layers"].size()) << text;
+    for (const std::string& layer : read.layers) EXPECT_GE(layer_of_attention(layer), 0) << text;
+    EXPECT_LE(read.grid[0] * read.grid[1] * read.grid[2], 1 << 24) << text;
+  });
+}
+
+TEST(IoMutate, ModelConfigs) {
+  const std::string whole = R"({"_class_name": "WanTransformer3DModel", "patch_size": [1, 8, 8],
+    "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 3, "out_channels": 3,
+    "text_dim": 128, "freq_dim": 256, "ffn_dim": 768, "num_layers": 8, "cross_attn_norm": true,
+    "qk_norm": "rms_norm_across_heads", "eps": 1e-06, "rope_max_seq_len": 1024,
+    "image_dim": null, "added_kv_proj_dim": null, "pos_embed_seq_len": null})";
+  fuzz_json(test::fuzz_seed() + 2, whole, [](const auto& json, const std::string& text) {
+    const WanConfig read = wan_config_from_json(json, "mutated");
+    EXPECT_GT(read.dim(), 0) << text;
+    EXPECT_EQ(read.attention_head_dim % 2, 0) << text;
+    EXPECT_LE(read.num_layers, 1 << 24) << text;
+  });
+}
+
+TEST(IoMutate, ModelCards) {
+  const std::string whole = R"({"frames": 16, "height": 128, "width": 128, "fps": 8.0,
+    "prediction": "x", "shift": 1.0, "captions": ["bikes", "carphone"]})";
+  fuzz_json(test::fuzz_seed() + 3, whole, [](const auto& json, const std::string& text) {
+    const CardText read = card_from_json(json, "mutated");
+    EXPECT_GT(read.fps, 0) << text;
+    EXPECT_GE(std::min({read.frames, read.height, read.width}), 1) << text;
+    EXPECT_LE(std::max({read.frames, read.height, read.width}), 1 << 16) << text;
+  });
+}
+
+TEST(IoMutate, ShardIndexes) {
+  const std::string whole = R"({"metadata": {"total_size": 123}, "weight_map": {
+    "proj_out.weight": "a-00001-of-00002.safetensors", "proj_out.bias": "a-00002.safetensors"}})";
+  fuzz_json(test::fuzz_seed() + 4, whole, [](const auto& json, const std::string& text) {
+    for (const auto& [tensor, file] : weight_map_from_json(json, "mutated")) {
+      EXPECT_EQ(file.find('/'), std::string::npos) << text;
+      EXPECT_TRUE(!file.empty() && file != "..") << text;
+    }
+  });
 }
 
 TEST(IoMutate, Videos) {

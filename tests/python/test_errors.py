@@ -46,6 +46,8 @@ def call(q=Q, k=K, v=V, *args, config=CONFIG, **options):
 
 
 BLOCKS = torch.zeros(2, 4, 3, 1, dtype=torch.int32)
+SOFT = sla2.Config(keep=0.3, block_q=64, block_k=32, precision="fp32", routing="soft")
+WEIGHTS = torch.ones(2, 4, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,37 @@ BLOCKS = torch.zeros(2, 4, 3, 1, dtype=torch.int32)
         (
             call(Q, K, V, None, None, torch.zeros(3, 1)),
             "alpha_logit must have shape [4, M] or [4, 1], got [3, 1]",
+        ),
+        (
+            call(Q, K, V, None, None, [1.0]),
+            "alpha_logit must be a tensor of shape [4, M] or [4, 1], got list",
+        ),
+        (
+            call(Q, K, V, None, None, torch.zeros(4, 1, dtype=torch.int64)),
+            "alpha_logit must be of a float type, got torch.int64",
+        ),
+        (call(Q, K, V, EYE.int()), "proj_q must be of a float type, got torch.int32"),
+        (
+            call(config=SLA, proj_out=torch.eye(48).bool()),
+            "proj_out must be of a float type, got torch.bool",
+        ),
+        (call(routing=(1, 2)), "routing must be a sla2.Routing, got tuple"),
+        (call(routing=EYE), "routing must be a sla2.Routing, got Tensor"),
+        (
+            call(routing=sla2.Routing(BLOCKS, WEIGHTS * 2), config=SOFT),
+            "routing.weights must be in [0, 1], got 2",
+        ),
+        (
+            call(routing=sla2.Routing(BLOCKS, WEIGHTS * float("nan")), config=SOFT),
+            "routing.weights must be in [0, 1], got nan",
+        ),
+        (
+            call(routing=sla2.Routing(BLOCKS, WEIGHTS.int()), config=SOFT),
+            "routing.weights must be of a float type, got torch.int32",
+        ),
+        (
+            call(protected=(False, True)),
+            "protected must be (start, end) with 0 <= start <= end <= 170, got (False, True)",
         ),
         (call(proj_out=EYE), "proj_out must be None with method 'sla2', got a tensor"),
         (call(Q, K, V, EYE, config=SLA), "proj_q must be None with method 'sla', got a tensor"),
@@ -142,6 +175,21 @@ def test_drop_in_refuses_by_name(options, message):
         sla2.scaled_dot_product_attention(Q, K, V, **options)
 
 
+@pytest.mark.parametrize(
+    "arguments,options,message",
+    [
+        ((Q, K, V[0]), {}, "value must have shape [batch, heads, tokens, features], got"),
+        ((Q, K.half(), V), {}, "key must have query's type torch.float32, got torch.float16"),
+        ((Q, K[:1], V[:1]), {}, "key must have shape [2, Hkv, Nk, 32] to go with query, got"),
+        ((Q, K, V[:, :, :9]), {}, "value must have shape [2, 2, 170] + [Dv] to go with key, got"),
+        ((Q, K, V), {"config": "int8"}, "config must be a sla2.Config, got str"),
+    ],
+)
+def test_drop_in_uses_its_own_names(arguments, options, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        sla2.scaled_dot_product_attention(*arguments, enable_gqa=True, **options)
+
+
 def test_drop_in():
     out = sla2.scaled_dot_product_attention(Q, K, V, scale=0.3, enable_gqa=True, config=CONFIG)
     config = sla2.Config(keep=0.3, block_q=64, block_k=32, precision="fp32", scale=0.3)
@@ -156,11 +204,33 @@ def test_drop_in():
         ({"seq_len": -1}, "seq_len must be a whole number of at least 1, got -1"),
         ({"router": "x"}, "router must be 'layer' or 'head', got 'x'"),
         ({"alpha": "x"}, "alpha must be 'block' or 'head', got 'x'"),
+        ({"num_heads": True}, "num_heads must be a whole number of at least 1, got True"),
+        ({"config": "x"}, "config must be a sla2.Config, got str"),
     ],
 )
 def test_module(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         sla2.Attention(**{"num_heads": 2, "head_dim": 32, "seq_len": 64, **options})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"q": Q.double()}, "q must be of type float32, bfloat16 or float16, got float64"),
+        ({"v": V.half()}, "v must have q's type float32, got float16"),
+        (
+            {"alpha_logit": torch.zeros(4, 1).long()},
+            "alpha_logit must be of a float type, got int64",
+        ),
+        ({"key_lengths": torch.ones(2)}, "key_lengths must be of type int64, got float32"),
+        ({"blocks": BLOCKS.long()}, "routing.blocks must be of type int32, got int64"),
+    ],
+)
+def test_operator_called_directly_names_types(change, message):
+    names = "q k v proj_q proj_k alpha_logit proj_out key_lengths blocks logits".split()
+    tensors = {**dict.fromkeys(names), "q": Q, "k": K, "v": V, **change}
+    with pytest.raises(RuntimeError, match="sla2: invalid argument: " + re.escape(message)):
+        torch.ops.sla2.forward(*tensors.values(), *sla2.config.pack(CONFIG, None), False)
 
 
 def test_operator_called_directly_says_what_is_wrong():

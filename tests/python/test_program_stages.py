@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.usefixtures("ffmpeg"),
 ]
 
+WAN = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CPU = ["--device", "cpu", "--threads", 2, "--seed", 3]
 BLOCKS = ["--block-q", 32, "--block-k", 32]
@@ -234,8 +235,13 @@ def test_weights_that_do_not_fit_are_named(wide, tmp_path):
         ("calibrate", ["--keeps", "0"], "--keeps must be in (0, 1], got 0", 2),
         ("calibrate", ["--router-lr", "1e999"], "--router-lr must be in (0, 1], got inf", 2),
         ("calibrate", ["--alpha-lr", "nan"], "--alpha-lr must be in (0, 1], got nan", 2),
-        ("calibrate", ["--block-q", "512"], "--block-q must be in [32, 256]", 2),
-        ("calibrate", ["--block-q", "48"], "block_q must be 32, 64, 128 or 256, got 48", 1),
+        (
+            "calibrate",
+            ["--block-q", "512"],
+            "--block-q must be one of 32, 64, 128, 256, got 512",
+            2,
+        ),
+        ("calibrate", ["--block-q", "48"], "--block-q must be one of 32, 64, 128, 256", 2),
         ("calibrate", ["--tile", "4,4"], "--tile must have 3 numbers, got 2", 2),
         ("calibrate", ["--tile", "4,4,0"], "--tile must be in [1, 256], got 0", 2),
         ("calibrate", ["--method", "full"], "--method must be one of sla2, sla", 2),
@@ -337,7 +343,8 @@ def test_every_option_of_every_command(clips, tmp_path):
         " --weight-decay 0.1 --clip-norm 2 --ema 0.9 --accumulation 2",
         f"generate --model {out['m']} --sla2 {out['t']} --prompt bars --out {out['v.mp4']}"
         f" --steps 2 --guidance 2 --shift 3 --frames {clips}/noise.mp4 --from-t 0.5",
-        f"generate --model {out['m']} --text {tmp_path}/text.safetensors --out {out['v.mp4']}",
+        f"generate --model {out['m']} --text {tmp_path}/text.safetensors --shape 1,2,3"
+        f" --out {out['v.mp4']}",
         f"evaluate --model {out['m']} --sla2 {out['t']} --data {clips} --out {out['e']}"
         " --keeps 0.5,0.25 --ablations linear_keys,linear_scope,elu,relu,fp32 --sampling-steps 2"
         " --guidance 2 --clips 1 --samples 2 --repeats 1",
@@ -363,6 +370,58 @@ def test_every_option_of_every_command(clips, tmp_path):
     )
     assert json.loads((out["e"] / "report.json").read_text())["methods"]
     assert json.loads((out["b.json"]).read_text())["rows"]
+
+    def read(*names):
+        return json.loads(tmp_path.joinpath(*names).read_text())
+
+    # What they say is what was done.
+    config, card, weights = read("m", WAN), read("m", "model_card.json"), read("s", "sla2.json")
+    for key, value in {
+        "patch_size": [2, 8, 8],
+        "num_layers": 1,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "ffn_dim": 32,
+        "text_dim": 16,
+    }.items():
+        assert config[key] == value, key
+    for key, value in {
+        "frames": 8,
+        "height": 32,
+        "width": 32,
+        "fps": 4,
+        "prediction": "velocity",
+        "shift": 2,
+        "captions": ["bars"],
+    }.items():
+        assert card[key] == value, key
+    for key, value in {
+        "keep": 0.5,
+        "keeps": [0.5, 0.25],
+        "block_q": 32,
+        "block_k": 64,
+        "precision": "bf16",
+        "score_norm": "softmax",
+        "token_order": "raster",
+        "tile": [2, 2, 2],
+        "router": "head",
+        "alpha": "head",
+        "method": "sla2",
+    }.items():
+        assert weights[key] == value, key
+    assert "8 frames" in sla2("info", out["m"]).stdout
+    report = read("e", "report.json")
+    assert report["settings"]["sampling_steps"] == 2 and report["timing"]["repeats"] == 1
+    assert {m["keep"] for m in report["methods"]} == {1, 0.5, 0.25} and len(report["clips"]) == 1
+    assert {m["note"] for m in report["methods"] if "note" in m} == {
+        *("linear_keys", "linear_scope", "elu", "relu", "fp32")
+    }
+    settings = read("d", "report.json")["settings"]
+    assert settings["stage1"]["steps"] == settings["stage2"]["steps"] == 1
+    assert settings["sampling_steps"] == 1 and settings["seed"] == 7
+    assert settings["stage2"]["lr"] == settings["stage2"]["sla_lr"] == 1e-3
+    bench = read("b.json")
+    assert bench["options"]["shape"] == [1, 1, 256, 16] and bench["threads"] == 1
     named = re.findall(r"^  ([a-z]+) ", sla2("--help").stdout, re.MULTILINE)
     assert sorted(named) == sorted(given)
     for name in given:

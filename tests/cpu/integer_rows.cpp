@@ -1,0 +1,97 @@
+// The bound of o_s in precision int8 (parity.h), row by row.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "cpu/parity.h"
+#include "reference/stages.h"
+
+namespace sla2::test {
+namespace {
+
+// How far a backend's 255 e^x may lie from the exact one before it is rounded (scaled_exp2 in
+// src/cpu/stages/vector.inc): the reach of "one side of a half or the other".
+constexpr double kReach = 0.03;
+
+/// What one row's softmax is made of.
+struct Row {
+  double keys = 0;  // routed ones
+  double sum = 0;   // S, in units of p: 255 for the largest
+};
+
+Row read_row(const reference::Head<double>& head, const Problem& p, const std::int32_t* blocks,
+             std::int64_t row) {
+  const double scale = softmax_scale(p);
+  std::vector<double> scores;
+  for (std::int64_t c = 0; c < max_routed_blocks(p) && blocks[c] >= 0; ++c) {
+    const std::int64_t end = std::min((blocks[c] + 1) * p.config.block_k, head.length);
+    for (std::int64_t n = blocks[c] * p.config.block_k; n < end; ++n) {
+      double score = 0;
+      for (std::int64_t i = 0; i < p.head_dim; ++i) {
+        score += head.q[row * p.head_dim + i] * head.ks[n * p.head_dim + i];
+      }
+      scores.push_back(scale * score);
+    }
+  }
+  const double top = *std::max_element(scores.begin(), scores.end());
+  Row result{static_cast<double>(scores.size()), 0};
+  for (const double score : scores) result.sum += 255 * std::exp(score - top);
+  return result;
+}
+
+}  // namespace
+
+void expect_integers_close(Call& call, const reference::RoutingResult<double>& routing,
+                           const std::vector<float>& emulated, Chunks chunks) {
+  const Problem& p = call.problem;
+  const auto operands = call.operands<double>();
+  const reference::Sizes s(p);
+  const auto smoothed = reference::smooth(p, operands);
+  const std::vector<double> ours = call.out_sparse.values();
+  double squares = 0;
+  double expected = 0;  // of them
+  double largest = 0;   // one key's share where it is largest
+  for (std::int64_t at = 0; at < s.B * s.H; ++at) {
+    const auto head = reference::make_head(s, operands, smoothed.ks, at / s.H, at % s.H);
+    double widest = 0;  // the longest row of v
+    for (std::int64_t n = 0; n < head.length; ++n) {
+      double norm = 0;
+      for (std::int64_t c = 0; c < s.dv; ++c) norm += head.v[n * s.dv + c] * head.v[n * s.dv + c];
+      widest = std::max(widest, std::sqrt(norm));
+    }
+    for (std::int64_t row = 0; row < s.Nq; ++row) {
+      const Row what =
+          read_row(head, p, &routing.blocks[(at * s.M + row / s.bq) * max_routed_blocks(p)], row);
+      const double flips = 2 * kReach * what.sum / 255;
+      const double one = 2 * widest / what.sum;
+      const double other = chunks == Chunks::kOther ? what.keys / 6 : 0;
+      const double most = one * (flips + 3 * std::sqrt(flips) + 2 + 5 * std::sqrt(other) / 2);
+      double norm = 0;
+      double error = 0;
+      for (std::int64_t c = 0; c < s.dv; ++c) {
+        const auto wanted = static_cast<double>(emulated[(at * s.Nq + row) * s.dv + c]);
+        const double x = ours[(at * s.Nq + row) * s.dv + c] - wanted;
+        error += x * x;
+        norm += wanted * wanted;
+      }
+      const double rounding = (4.1 * kSumError + 2 * storage_error(p.dtype)) * std::sqrt(norm);
+      if (!(std::sqrt(error) <= most + rounding)) {
+        ADD_FAILURE() << "out_sparse against int8 emulated, head " << at << ", row " << row
+                      << ": error " << std::sqrt(error) << ", bound " << most + rounding;
+        return;
+      }
+      squares += error;
+      largest = std::max(largest, one);
+      // |v - o_s| is about |v|, half of the 2 |v| that one row may meet.
+      expected += one * one * (flips + other) / 4 + rounding * rounding;
+    }
+  }
+  // All rows together; a few keys in all may fall into the worst row.
+  const double bound = 2 * std::sqrt(expected) + 2 * largest;
+  EXPECT_TRUE(std::sqrt(squares) <= bound)
+      << "out_sparse against int8 emulated: error " << std::sqrt(squares) << ", bound " << bound;
+}
+
+}  // namespace sla2::test

@@ -1,0 +1,106 @@
+// The judge judged: what a norm over a whole tensor forgives must still fail.
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest-spi.h>
+#include <gtest/gtest.h>
+
+#include "core/problems.h"
+#include "cpu/parity.h"
+
+namespace sla2::test {
+namespace {
+
+constexpr std::int64_t kRows = 75;
+constexpr std::int64_t kWidth = 64;
+
+/// Exact values, and a naive run of int8's error: 2% in every row.
+struct Sample {
+  std::vector<double> exact;
+  std::vector<float> naive;
+  std::vector<double> ours;
+
+  Sample() {
+    std::mt19937_64 generator(1);
+    exact = random_normal(generator, kRows * kWidth);
+    for (const double error : random_normal(generator, kRows * kWidth, 0.02)) {
+      naive.push_back(static_cast<float>(exact[naive.size()] + error));
+    }
+    for (const double error : random_normal(generator, kRows * kWidth, 0.02)) {
+      ours.push_back(exact[ours.size()] + error);
+    }
+  }
+  void scale_rows(std::int64_t first, std::int64_t end, double factor) {
+    for (std::int64_t at = first * kWidth; at < end * kWidth; ++at) ours[at] *= factor;
+  }
+  void judge() const { expect_rows_close("ours", ours, naive, exact, DType::kF32, kWidth); }
+  [[nodiscard]] bool whole_tensor_passes() const {
+    return relative_error(ours, exact) <= 2 * relative_error(naive, exact);
+  }
+};
+
+/// The texts of what fails in `body`, in one.
+template <typename Body>
+std::string failures_of(const Body& body) {
+  testing::TestPartResultArray results;
+  {
+    const testing::ScopedFakeTestPartResultReporter reporter(
+        testing::ScopedFakeTestPartResultReporter::INTERCEPT_ONLY_CURRENT_THREAD, &results);
+    body();
+  }
+  std::string text;
+  for (int i = 0; i < results.size(); ++i) text += results.GetTestPartResult(i).message();
+  return text;
+}
+bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+TEST(Judge, PassesAnErrorLikeTheNaiveRuns) { Sample().judge(); }
+
+TEST(Judge, RefusesOneWrongRow) {
+  Sample sample;
+  sample.scale_rows(kRows - 1, kRows, 0.75);
+  EXPECT_TRUE(sample.whole_tensor_passes());
+  EXPECT_TRUE(has(failures_of([&] { sample.judge(); }), "the worst of every 1 rows"));
+}
+
+TEST(Judge, RefusesAWrongBlock) {
+  Sample sample;
+  sample.scale_rows(32, 64, 0.955);
+  EXPECT_TRUE(sample.whole_tensor_passes());
+  const std::string text = failures_of([&] { sample.judge(); });
+  EXPECT_TRUE(has(text, "the worst of every 32 rows")) << text;
+}
+
+TEST(Judge, RefusesOneNotANumber) {
+  Sample sample;
+  sample.ours[70] = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_FALSE(worst_part_error(sample.ours, sample.exact, kWidth) <= 1e300);
+}
+
+/// One row's o_s off by 3%: within twice the error of int8 itself, not of its emulation.
+TEST(Judge, ComparesIntegersWithTheEmulation) {
+  Problem problem = small_problem(75, 200, 64, 64);
+  problem.config.precision = Precision::kInt8;
+  problem.implementation = "reference";
+  Call call(problem, 7);
+  SerialExecutor serial;
+  call.run_forward(serial);
+  reference::RoutingResult<double> routing;
+  for (const double x : call.blocks.values()) {
+    routing.blocks.push_back(static_cast<std::int32_t>(x));
+  }
+  std::vector<double> values = call.out_sparse.values();
+  const std::vector<float> emulated(values.begin(), values.end());
+  expect_integers_close(call, routing, emulated, Chunks::kSame);
+  for (std::int64_t c = 0; c < 64; ++c) values[74 * 64 + c] *= 1.03;
+  call.out_sparse.set(values);
+  const std::string text =
+      failures_of([&] { expect_integers_close(call, routing, emulated, Chunks::kSame); });
+  EXPECT_TRUE(has(text, "out_sparse against int8 emulated, head 0, row 74")) << text;
+}
+
+}  // namespace
+}  // namespace sla2::test
