@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <set>
 #include <string>
 #include <thread>
@@ -52,7 +53,6 @@ struct Case {
   std::unique_ptr<Operator> own;  // null: a rival
   std::string id;                 // of a rival
   std::vector<double> samples;
-  double first = 0;  // the warm-up's time
 };
 
 /// One shape, pass and number of threads.
@@ -269,24 +269,22 @@ class Suite {
         [&] { group.pass == Pass::kBackward ? one.own->backward() : one.own->forward(false); });
   }
 
-  /// Runs what a row's time allows, all rows in turns.
+  /// One warm-up, then what a row's time allows, all rows in turns.
   void measure(const Group& group, std::vector<Case>& cases) {
-    std::vector<std::int64_t> wanted;
-    for (Case& one : cases) {
-      one.first = run_once(group, one);
+    const auto run = [&](Case& one) {
+      const double seconds = run_once(group, one);
       after_rival_ = !one.own;
-      const double known = std::max(one.first, 1e-6);
-      wanted.push_back(std::clamp<std::int64_t>(static_cast<std::int64_t>(o_.seconds_a_row / known),
-                                                1, o_.repeats));
+      return seconds;
+    };
+    for (Case& one : cases) {
+      const double first = run(one);
       // The warm-up of something this long is its measurement.
-      if (one.first > 4 * o_.seconds_a_row) one.samples.push_back(one.first);
+      if (first > 4 * o_.seconds_a_row) one.samples.push_back(first);
     }
     for (std::int64_t round = 0; round < o_.repeats; ++round) {
-      for (std::size_t i = 0; i < cases.size(); ++i) {
-        Case& one = cases[i];
-        if (std::ssize(one.samples) >= wanted[i]) continue;
-        one.samples.push_back(run_once(group, one));
-        after_rival_ = !one.own;
+      for (Case& one : cases) {
+        const double spent = std::accumulate(one.samples.begin(), one.samples.end(), 0.0);
+        if (one.samples.empty() || spent < o_.seconds_a_row) one.samples.push_back(run(one));
       }
     }
   }
