@@ -21,6 +21,7 @@ struct Session {
   void save_options(const std::filesystem::path& folder) const;
   std::string command;       // "pretrain"
   std::string command_line;  // as typed, for reports
+  std::int64_t threads = 0;  // as asked for by --threads, 0: not
 };
 
 class Command {

@@ -118,12 +118,14 @@ void run_entry(Entry& entry, const std::string& command_line) {
   if (entry.threads > 0) torch::set_num_threads(static_cast<int>(entry.threads));
   // What is saved says what ran, not "auto".
   entry.device = device.str();
+  const std::int64_t asked_threads = entry.threads;
   entry.threads = torch::get_num_threads();
   video::Run run{.device = device, .seed = entry.seed, .progress = progress, .stop = &stop_flag};
   Session session{.run = run,
                   .options = *entry.options,
                   .command = entry.command->name(),
-                  .command_line = command_line};
+                  .command_line = command_line,
+                  .threads = asked_threads};
   entry.command->run(session);
 }
 
