@@ -197,7 +197,7 @@ TEST(NnAttention, ErrorsKeepTheirTypeAndText) {
             "of one form, got [16, 16]");
   Sample mixed = s;
   mixed.k = s.k.to(torch::kHalf);
-  EXPECT_EQ(message_of({}, mixed), "k must have q's type, got another one");
+  EXPECT_EQ(message_of({}, mixed), "k must have q's type float32, got float16");
 }
 
 TEST(NnAttentionModule, OwnsTheParametersOfItsMethod) {
