@@ -51,7 +51,7 @@ class Bench final : public Command {
                           {"device", session.run.device.str()},
                           {"options", session.options.effective()}};
     if (what_ == "op" && session.run.device.is_cpu()) {
-      report.update(bench::run_suite(suite_options(session)));
+      report.update(on_cpu(session));
     } else if (what_ == "op") {
       report.update(on_gpu(session));
     } else if (what_ == "model") {
@@ -67,6 +67,16 @@ class Bench final : public Command {
   }
 
  private:
+  /// A shape or a name that the operator refuses came from an option.
+  nlohmann::json on_cpu(const Session& session) const {
+    try {
+      return bench::run_suite(suite_options(session));
+    } catch (const Error& error) {
+      if (error.kind() != ErrorKind::kInvalidArgument) throw;
+      throw UsageError(error.what());
+    }
+  }
+
   template <typename Value>
   static std::vector<Value> values_of(const char* option, const std::vector<std::string>& names,
                                       const std::map<std::string, Value>& values) {

@@ -51,7 +51,10 @@ class Tune final : public Command {
     options.add("--ema", train.ema_decay, "decay of the averaged weights, 0: none")
         .range(0, 0.999999);
     options.add("--accumulation", train.accumulation, "batches per step").range(1, 65536);
-    options.add("--activation-checkpointing", checkpointing_, "less memory, more time").no_effect();
+    options
+        .add("--activation-checkpointing", checkpointing_,
+             "less memory, more time; same but for rounding")
+        .no_effect();
     options.add("--checkpoint-every", train.checkpoint_every, "steps between checkpoints")
         .range(1, 1e9)
         .no_effect();

@@ -69,6 +69,8 @@ static void with_products(const Job& job, Index index, Index worker) {
 /// A stage of the backward in the format of the call.
 template <Stage kFp32, Stage kBf16>
 static void in_format(const Job& job, Index index, Index worker) {
+  // The two are one where the set has no bf16 products.
+  // NOLINTNEXTLINE(bugprone-branch-clone)
   (job.back->is16 ? kBf16 : kFp32)(job, index, worker);
 }
 #ifdef SLA2_BF16

@@ -20,12 +20,6 @@ def test_the_program_refuses_fp8_on_a_cpu(monkeypatch):
     assert "int8, bf16 or fp32" in done.stderr
 
 
-@needs_program
-def test_the_reference_can_be_asked_for(monkeypatch):
-    monkeypatch.setenv("SLA2_IMPLEMENTATION", "reference")
-    assert sla2("bench", "op", "--precision", "fp8", *SHAPE).returncode == 0
-
-
 def test_the_library_says_that_it_fell_back():
     code = """
 import torch, sla2
