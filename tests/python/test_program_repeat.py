@@ -6,7 +6,6 @@ import shutil
 import signal
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from program import (
