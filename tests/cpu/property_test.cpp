@@ -173,6 +173,28 @@ TEST_P(Cpu, ExtremeMagnitudesStayFinite) {
   }
 }
 
+/// v of +-65504, fp16's largest, which bf16 rounds to 65536 and fp32 sums may exceed: a mean of it
+/// is finite.
+TEST_P(Cpu, MeansOfTheLargestFp16StayFinite) {
+  for (const Precision precision : {Precision::kFp32, Precision::kBf16, Precision::kInt8}) {
+    Problem p = problem(RoutingMode::kHard);
+    p.dtype = DType::kF16;
+    p.config.precision = precision;
+    SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
+    Call call(p, 11);
+    std::vector<double> v = call.v.values();
+    for (std::int64_t at = 0; at < std::ssize(v); ++at) v[at] = at % 2 == 0 ? 65504 : -65504;
+    call.v.set(v);
+    SerialExecutor serial;
+    call.run_forward(serial);
+    for (Tensor* x : {&call.out, &call.out_sparse, &call.out_linear}) {
+      for (const double value : x->values()) {
+        ASSERT_TRUE(std::isfinite(value)) << static_cast<int>(precision);
+      }
+    }
+  }
+}
+
 TEST_P(Cpu, NaNAndInfLeaveIndicesValid) {
   for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
     for (const double bad :
