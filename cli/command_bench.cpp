@@ -15,6 +15,7 @@
 #include "io/config_json.h"
 #include "io/files.h"
 #include "video/bench.h"
+#include "video/device.h"
 
 namespace sla2::cli {
 
@@ -145,7 +146,7 @@ class Bench final : public Command {
     const auto result = video::bench_operator(options, session.run);
     fmt::print("verified: {:.1e} relative L2 to the reference\n", result.error);
     nlohmann::json machine = bench::describe_machine();
-    machine["gpu"] = session.run.device.str();
+    if (const auto gpu = video::find_gpu()) machine["gpu"] = gpu->name;
     if (!result.rivals_torch.empty()) machine["torch"] = result.rivals_torch;
     nlohmann::json report{{"machine", machine},
                           {"peaks", nlohmann::json::array()},
