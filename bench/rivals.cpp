@@ -74,7 +74,7 @@ struct Rivals::Process {
   Process& operator=(const Process&) = delete;
 };
 
-Rivals::Rivals(std::string python) {
+Rivals::Rivals(std::string python, std::string device) : device_(std::move(device)) {
   if (python.empty()) python = find_python();
   if (python.empty()) {
     reason_ = "no Python with torch found (SLA2_PYTHON names one)";
@@ -127,6 +127,7 @@ std::string Rivals::prepare(const std::string& id, const std::string& name, Pass
                                {"name", name},
                                {"pass", pass == Pass::kBackward ? "backward" : "forward"},
                                {"shape", {p.batch, p.num_heads, p.q_tokens, p.head_dim}},
+                               {"device", device_},
                                {"threads", threads},
                                {"blocks", blocks_file_.string()},
                                {"block_q", p.config.block_q},

@@ -15,7 +15,8 @@ class Rivals {
  public:
   /// `python`: a Python with torch; empty: SLA2_PYTHON, else the one of the environment that this
   /// program belongs to. Never throws for its absence: reason() says why nothing can be timed.
-  explicit Rivals(std::string python);
+  /// `device`: torch's name of it, "cpu" or "cuda:0".
+  explicit Rivals(std::string python, std::string device = "cpu");
   ~Rivals();
   Rivals(const Rivals&) = delete;
   Rivals& operator=(const Rivals&) = delete;
@@ -38,7 +39,7 @@ class Rivals {
   struct Process;
   std::string exchange(const std::string& line);  // the answer's line
   std::unique_ptr<Process> process_;
-  std::string reason_, torch_version_;
+  std::string device_, reason_, torch_version_;
   std::filesystem::path blocks_file_;
 };
 

@@ -1,14 +1,18 @@
 """Attention of PyTorch, timed on request: the other end of bench/rivals.cpp.
 
-One JSON object a line in, one out. {"do": "prepare", "id", "name", "pass", "shape", "threads", and
-for FlexAttention "blocks" (file of int32 [B, H, M, L]), "block_q", "block_k"} answers {"ok": true}
-or {"reason": "..."}; {"do": "run", "id"} runs it once and answers {"ms": x}; {"do": "clear"} frees
-everything.
+One JSON object a line in, one out. {"do": "prepare", "id", "name", "pass", "shape", "device",
+"threads", and for FlexAttention "blocks" (file of int32 [B, H, M, L]), "block_q", "block_k"}
+answers {"ok": true} or {"reason": "..."}; {"do": "run", "id"} runs it once and answers {"ms": x},
+on a GPU by its events, the L2 cache flushed before; {"do": "clear"} frees everything.
 """
 
 import json
 import sys
 import time
+
+# More than any GPU's second-level cache holds, and as often as hides the time that Python takes to
+# start the work.
+FLUSH_BYTES, FLUSHES = 256 << 20, 8
 
 
 def block_mask(torch, request, tokens):
@@ -20,7 +24,7 @@ def block_mask(torch, request, tokens):
     block_q, block_k = request["block_q"], request["block_k"]
     rows, columns = -(-tokens // block_q), -(-tokens // block_k)
     table = numpy.fromfile(request["blocks"], dtype=numpy.int32).reshape(batch, heads, rows, -1)
-    blocks = torch.from_numpy(table)
+    blocks = torch.from_numpy(table).to(request["device"])
     count = (blocks >= 0).sum(-1).to(torch.int32)
     indices = torch.nn.functional.pad(blocks.clamp(min=0), (0, columns - blocks.shape[-1]))
     return BlockMask.from_kv_blocks(
@@ -32,16 +36,22 @@ class Case:
     def __init__(self, torch, request):
         self.torch = torch
         self.threads = request["threads"]
+        self.flush = None
+        if request["device"] != "cpu":
+            torch.cuda.set_device(request["device"])
+            self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=request["device"])
         kind, dtype = request["name"].rsplit("_", 1)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         self.backward = request["pass"] == "backward"
         generator = torch.Generator().manual_seed(1)
         shape = request["shape"]
         self.leaves = [
-            torch.randn(shape, generator=generator).to(dtype).requires_grad_(self.backward)
+            torch.randn(shape, generator=generator)
+            .to(request["device"], dtype)
+            .requires_grad_(self.backward)
             for _ in range(3)
         ]
-        self.gradient = torch.randn(shape, generator=generator).to(dtype)
+        self.gradient = torch.randn(shape, generator=generator).to(request["device"], dtype)
         if kind == "torch_sdpa":
             self.attend = torch.nn.functional.scaled_dot_product_attention
         else:
@@ -53,16 +63,30 @@ class Case:
             self.run()  # compiles
 
     def run(self):
+        """Milliseconds."""
         self.torch.set_num_threads(self.threads)
+        clock = self.on_clock if self.flush is None else self.on_gpu
         if not self.backward:
             with self.torch.no_grad():
-                start = time.perf_counter()
-                self.attend(*self.leaves)
-                return (time.perf_counter() - start) * 1e3
+                return clock(lambda: self.attend(*self.leaves))
         out = self.attend(*self.leaves)
+        return clock(lambda: self.torch.autograd.grad(out, self.leaves, self.gradient))
+
+    def on_clock(self, work):
         start = time.perf_counter()
-        self.torch.autograd.grad(out, self.leaves, self.gradient)
+        work()
         return (time.perf_counter() - start) * 1e3
+
+    def on_gpu(self, work):
+        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.torch.cuda.synchronize()
+        for _ in range(FLUSHES):
+            self.flush.zero_()
+        start.record()
+        work()
+        end.record()
+        self.torch.cuda.synchronize()
+        return start.elapsed_time(end)
 
 
 def answer(torch, state, request):

@@ -15,6 +15,7 @@
 #include "io/config_json.h"
 #include "io/files.h"
 #include "video/bench.h"
+#include "video/device.h"
 
 namespace sla2::cli {
 
@@ -151,18 +152,26 @@ class Bench final : public Command {
                                            {"block_q", config_.block_q},
                                            {"block_k", config_.block_k}});
     options.repeats = repeats_;
+    options.rivals = !no_rivals_;
     const auto result = video::bench_operator(options, session.run);
     fmt::print("verified: {:.1e} relative L2 to the reference\n", result.error);
     nlohmann::json machine = bench::describe_machine();
-    machine["gpu"] = session.run.device.str();
+    if (const auto gpu = video::find_gpu()) machine["gpu"] = gpu->name;
+    if (!result.rivals_torch.empty()) machine["torch"] = result.rivals_torch;
     nlohmann::json report{{"machine", machine},
                           {"peaks", nlohmann::json::array()},
                           {"left_out", nlohmann::json::array()},
                           {"error", result.error}};
     print(result.rows);
+    for (const auto& [what, reason] : result.left_out) {
+      fmt::print("left out: {}: {}\n", what, reason);
+      report["left_out"].push_back({{"what", what}, {"reason", reason}});
+    }
     for (const video::BenchRow& row : result.rows) {
       nlohmann::json speedup = nlohmann::json::object();
       const bool own = row.what == "sla2";
+      // FlexAttention computes the sparse part alone, the others full attention.
+      const bool sparse = own || row.what.starts_with("flex_attention");
       for (const video::BenchRow& rival : result.rows) {
         if (own && rival.what != row.what && rival.pass == row.pass) {
           speedup[rival.what] = rival.speed_up;
@@ -172,7 +181,7 @@ class Bench final : public Command {
                                 {"impl", own ? "cuda" : "torch"},
                                 {"pass", row.pass},
                                 {"shape", options.shape},
-                                {"keep", own ? keep : 1.0},
+                                {"keep", sparse ? keep : 1.0},
                                 {"precision", own ? precision : "bf16"},
                                 {"threads", 1},
                                 {"ms_median", row.seconds.median * 1e3},
@@ -209,10 +218,10 @@ class Bench final : public Command {
 
   static nlohmann::json print(const std::vector<video::BenchRow>& rows) {
     nlohmann::json list = nlohmann::json::array();
-    fmt::print("{:<18}{:<10}{:>12}{:>12}{:>12}{:>12}{:>12}\n", "", "", "median ms", "quartile 1",
+    fmt::print("{:<20}{:<10}{:>12}{:>12}{:>12}{:>12}{:>12}\n", "", "", "median ms", "quartile 1",
                "quartile 3", "TFLOP/s", "sla2 is");
     for (const auto& row : rows) {
-      fmt::print("{:<18}{:<10}{:>12.2f}{:>12.2f}{:>12.2f}{:>12}{:>11.2f}x\n", row.what, row.pass,
+      fmt::print("{:<20}{:<10}{:>12.2f}{:>12.2f}{:>12.2f}{:>12}{:>11.2f}x\n", row.what, row.pass,
                  row.seconds.median * 1e3, row.seconds.q1 * 1e3, row.seconds.q3 * 1e3,
                  row.tflops > 0 ? fmt::format("{:.3f}", row.tflops) : "", row.speed_up);
       list.push_back({{"what", row.what},

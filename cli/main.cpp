@@ -105,6 +105,7 @@ void run_entry(Entry& entry, const std::string& command_line) {
   // Asked for even where no GPU is wanted: it must come before torch's first answer about CUDA.
   const torch::Device device =
       entry.command->needs_device() ? device_of(entry.device) : torch::Device(torch::kCPU);
+  if (!entry.command->needs_device()) static_cast<void>(video::find_gpu());  // info tells of it
   if (device.is_cuda()) {
     const c10::DeviceGuard guard(device);
     static_cast<void>(self_test(true));  // a wrong kernel is an error, before any work

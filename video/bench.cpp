@@ -15,6 +15,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <fmt/format.h>
 
+#include "bench/rivals.h"
 #include "sla2/sla2.h"
 #include "torch_ops/cuda_stream.h"
 #include "video/attention.h"
@@ -32,6 +33,7 @@ struct Case {
   double flops = 0;
   std::function<void()> prepare;
   std::function<void()> work;
+  std::function<double()> clocked;  // instead of work: runs in another process, which times it
   std::vector<double> seconds;
 };
 
@@ -91,7 +93,7 @@ void measure(std::vector<Case>& cases, std::int64_t repeats, Run& run) {
       run.check_stop("measuring");
       if (one.prepare) one.prepare();
       synchronize(run.device);
-      const double seconds = timer.seconds(one.work);
+      const double seconds = one.clocked ? one.clocked() : timer.seconds(one.work);
       if (round > 0) one.seconds.push_back(seconds);
       run.progress.update(++done);
     }
@@ -293,6 +295,51 @@ std::vector<StageTime> time_stages(const OpBenchOptions& options, Run& run) {
   return stages;
 }
 
+// FlexAttention's cases, forward and backward, or the reason why there is none.
+void add_flex(const OpBenchOptions& options, double forward_flops, bench::Rivals& rivals,
+              std::vector<Case>& cases, OpBenchResult& result, Run& run) {
+  const auto& shape = options.shape;
+  Problem problem;  // what FlexAttention is told of it
+  problem.batch = shape[0];
+  problem.num_heads = problem.num_kv_heads = shape[1];
+  problem.q_tokens = problem.k_tokens = shape[2];
+  problem.head_dim = problem.value_dim = shape[3];
+  problem.config = options.config;
+  problem.config.block_q = problem.config.block_k = 128;  // the fastest that it has
+  const std::string name = "flex_attention_bf16";
+  if (!rivals.reason().empty()) {
+    result.left_out.push_back({name, rivals.reason()});
+    return;
+  }
+  std::vector<std::int32_t> blocks;
+  {
+    const torch::NoGradGuard no_grad;
+    const torch::Tensor q = random_input(shape, shape[2], 0, run).to(torch::kBFloat16);
+    const torch::Tensor k = random_input(shape, shape[2], 1, run).to(torch::kBFloat16);
+    const torch::Tensor table = nn::route(q, k, {}, problem.config).blocks.cpu().contiguous();
+    const auto* first = table.const_data_ptr<std::int32_t>();
+    blocks.assign(first, first + table.numel());
+  }
+  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+    const bool backward = pass == Pass::kBackward;
+    const std::string label = backward ? "backward" : "forward";
+    run.check_stop("measuring");
+    const std::string reason = rivals.prepare(label, name, pass, problem, 1, blocks);
+    if (!reason.empty()) {
+      result.left_out.push_back({name + " " + label, reason});
+      continue;
+    }
+    result.rivals_torch = rivals.torch_version();
+    cases.push_back({.what = name,
+                     .pass = label,
+                     .flops = (backward ? 2.5 : 1.0) * forward_flops,
+                     .prepare = {},
+                     .work = {},
+                     .clocked = [&rivals, label] { return rivals.run(label); },
+                     .seconds = {}});
+  }
+}
+
 }  // namespace
 
 OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
@@ -324,6 +371,7 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
                            const torch::NoGradGuard no_grad;
                            attend(inputs[0], inputs[1], inputs[2]);
                          },
+                     .clocked = {},
                      .seconds = {}});
     cases.push_back(
         {.what = what,
@@ -335,6 +383,7 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
                torch::autograd::grad({*out}, {(*leaves)[0], (*leaves)[1], (*leaves)[2]}, {seed});
                out->reset();
              },
+         .clocked = {},
          .seconds = {}});
   };
   const Config config = options.config;
@@ -351,8 +400,13 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
     };
   };
   add("sla2", torch::kBFloat16, ours);
-  add("torch flash bf16", torch::kBFloat16, only(true));
-  add("torch cudnn bf16", torch::kBFloat16, only(false));
+  std::unique_ptr<bench::Rivals> rivals;
+  if (options.rivals) {
+    add("torch flash bf16", torch::kBFloat16, only(true));
+    add("torch cudnn bf16", torch::kBFloat16, only(false));
+    rivals = std::make_unique<bench::Rivals>("", run.device.str());
+    add_flex(options, forward_flops, *rivals, cases, result, run);
+  }
   measure(cases, options.repeats, run);
   result.stages = time_stages(options, run);
   result.rows = rows_of(cases, "sla2");
@@ -377,12 +431,17 @@ std::vector<BenchRow> bench_model(Denoiser& denoiser, std::int64_t repeats, Run&
   };
   const auto step = [&] { denoiser.velocity(x, t, text); };
   std::vector<Case> cases;
-  cases.push_back(
-      {.what = "sla2", .pass = "step", .prepare = [&] { set(true); }, .work = step, .seconds = {}});
+  cases.push_back({.what = "sla2",
+                   .pass = "step",
+                   .prepare = [&] { set(true); },
+                   .work = step,
+                   .clocked = {},
+                   .seconds = {}});
   cases.push_back({.what = "full",
                    .pass = "step",
                    .prepare = [&] { set(false); },
                    .work = step,
+                   .clocked = {},
                    .seconds = {}});
   measure(cases, repeats, run);
   set(true);

@@ -34,16 +34,25 @@ struct OpBenchOptions {
   std::array<std::int64_t, 4> shape{1, 1, 8192, 128};  // B, H, N, D
   Config config;
   std::int64_t repeats = 5;
+  bool rivals = true;  // PyTorch's attention too
+};
+
+/// What was to be measured and could not be.
+struct LeftOut {
+  std::string what, reason;
 };
 
 struct OpBenchResult {
   double error = 0;  // relative L2 against the reference implementation, up to 1024 tokens
   std::vector<BenchRow> rows;
   std::vector<StageTime> stages;
+  std::vector<LeftOut> left_out;
+  std::string rivals_torch;  // version of the torch that ran FlexAttention; empty: none did
 };
 
-/// On a GPU (bench/suite.h measures processors). Verifies once, then times. Throws sla2::Error,
-/// also when the result is wrong.
+/// On a GPU (bench/suite.h measures processors). FlexAttention runs in a Python process of its own
+/// (bench/rivals.h), in turns with the others, with SLA2's routing by blocks of 128 x 128 as its
+/// mask. Verifies once, then times. Throws sla2::Error, also when the result is wrong.
 OpBenchResult bench_operator(const OpBenchOptions& options, Run& run);
 
 /// One sampling step with full attention and with the SLA2 weights that `denoiser` holds.
