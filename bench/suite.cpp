@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bench.h"
+#include "io/config_json.h"
 #include "peaks.h"
 #include "rivals.h"
 #include "roofline.h"
@@ -25,18 +26,10 @@ using Json = nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
 const char* name_of(Pass pass) { return pass == Pass::kBackward ? "backward" : "forward"; }
-const char* name_of(Precision precision) {
-  switch (precision) {
-    case Precision::kInt8:
-      return "int8";
-    case Precision::kFp8:
-      return "fp8";
-    case Precision::kBf16:
-      return "bf16";
-    case Precision::kFp32:
-      break;
-  }
-  return "fp32";
+std::string name_of(Precision precision) {
+  Config config;
+  config.precision = precision;
+  return io::to_json(config)["precision"];
 }
 
 template <typename... Values>
@@ -167,7 +160,7 @@ class Suite {
           const auto kept = num_kept_blocks(p, num_k_blocks(p, tokens));
           const std::string key =
               format("%d %d %d %s", static_cast<int>(tokens), static_cast<int>(p.head_dim),
-                     static_cast<int>(kept), name_of(precision));
+                     static_cast<int>(kept), name_of(precision).c_str());
           if (!done.insert(key).second) continue;
           o_.check_stop();
           verify(p, executor(groups_.front().threads));

@@ -118,7 +118,6 @@ class Bench final : public Command {
       o.passes = values_of<Pass>("--pass", pass_,
                                  {{"forward", Pass::kForward}, {"backward", Pass::kBackward}});
     }
-
     if (session.threads > 0) o.threads = {session.threads};
     o.config.block_q = config_.block_q;
     o.config.block_k = config_.block_k;

@@ -17,31 +17,6 @@
 namespace sla2::test {
 namespace {
 
-template <typename Real>
-reference::RoutingResult<Real> routing_of(const Call& call) {
-  reference::RoutingResult<Real> routing;
-  const auto logits = call.logits.values();
-  const auto blocks = call.blocks.values();
-  routing.logits.assign(logits.begin(), logits.end());
-  for (const double x : blocks) routing.blocks.push_back(static_cast<std::int32_t>(x));
-  return routing;
-}
-
-template <typename Real>
-reference::ForwardResult<Real> saved_of(Call& call, const std::vector<Real>& scores) {
-  const auto copy = [](const std::vector<double>& x) {
-    return std::vector<Real>(x.begin(), x.end());
-  };
-  reference::ForwardResult<Real> saved;
-  saved.out_sparse = copy(call.out_sparse.values());
-  saved.out_linear = copy(call.out_linear.values());
-  saved.lse = copy(call.lse.values());
-  saved.k_mean = copy(call.k_mean.values());
-  saved.routing = routing_of<Real>(call);
-  saved.routing.scores = scores;
-  return saved;
-}
-
 /// `in_bf16`: with every product in bf16, as a framework would run it; `dither`: then see
 /// plain16.h, without it gives each number of dO and v a sign at random.
 template <typename Real>
@@ -53,11 +28,7 @@ reference::GradientResult<Real> naive_backward(Call& call, bool in_bf16,
     for (double& x : d_out) x = (*dither)() % 2 == 0 ? x : -x;
     for (Real& x : operands.v) x = (*dither)() % 2 == 0 ? x : -x;
   }
-  std::vector<Real> scores;
-  if (call.problem.config.routing == RoutingMode::kSoft) {
-    scores = reference::route(call.problem, operands).scores;
-  }
-  const auto saved = saved_of<Real>(call, scores);
+  const auto saved = saved_of<Real>(call, call.problem.config.routing == RoutingMode::kSoft);
   const std::vector<Real> d_o(d_out.begin(), d_out.end());
   if constexpr (std::is_same_v<Real, float>) {
     if (in_bf16) return plain16_backward(call.problem, operands, saved, d_o, dither);
@@ -84,13 +55,6 @@ double rounded_d_out_error(Call& call, const std::vector<double>& exact) {
   double norm = 0;
   for (const double x : exact) norm += x * x;
   return norm == 0 ? 0 : 2 * 0x1p-9 / std::sqrt(3) * std::sqrt(terms / norm);
-}
-
-template <typename Number>
-double largest(const std::vector<Number>& values) {
-  double most = 0;
-  for (const Number x : values) most = std::max(most, std::abs(static_cast<double>(x)));
-  return most;
 }
 
 constexpr int kRuns = 16;

@@ -39,6 +39,43 @@ inline const Implementation* find_implementation(const char* name) {
   return nullptr;
 }
 
+/// The routing that a call used.
+template <typename Real>
+reference::RoutingResult<Real> routing_of(const Call& call) {
+  reference::RoutingResult<Real> routing;
+  const auto logits = call.logits.values();
+  routing.logits.assign(logits.begin(), logits.end());
+  for (const double x : call.blocks.values()) {
+    routing.blocks.push_back(static_cast<std::int32_t>(x));
+  }
+  return routing;
+}
+
+/// What its forward left for the backward; with the scores where a router learns.
+template <typename Real>
+reference::ForwardResult<Real> saved_of(Call& call, bool learns_router) {
+  const auto copy = [](const std::vector<double>& x) {
+    return std::vector<Real>(x.begin(), x.end());
+  };
+  reference::ForwardResult<Real> saved;
+  saved.out_sparse = copy(call.out_sparse.values());
+  saved.out_linear = copy(call.out_linear.values());
+  saved.lse = copy(call.lse.values());
+  saved.k_mean = copy(call.k_mean.values());
+  saved.routing = routing_of<Real>(call);
+  if (learns_router) {
+    saved.routing.scores = reference::route(call.problem, call.operands<Real>()).scores;
+  }
+  return saved;
+}
+
+template <typename Number>
+[[nodiscard]] double largest(const std::vector<Number>& values) {
+  double most = 0;
+  for (const Number x : values) most = std::max(most, std::abs(static_cast<double>(x)));
+  return most;
+}
+
 #define SLA2_SKIP_IF_REFUSED(problem, pass)                                          \
   do {                                                                               \
     const Implementation* found = find_implementation((problem).implementation);     \

@@ -80,6 +80,15 @@ TEST_P(Cpu, RoutesAsTheReferenceExceptNearTies) {
   }
 }
 
+/// Half of the first head's values up to 6e4: what a total minus the routed part would lose.
+std::vector<double> enlarge_values(Call& call) {
+  const std::int64_t dv = call.problem.value_dim;
+  std::vector<double> v = call.v.values();
+  for (std::int64_t at = 0; at < 150 * dv; ++at) v[at] *= 6e4;
+  call.v.set(v);
+  return v;
+}
+
 /// Half the keys far out, 6e4 against 1: o_l of a row stays within the values of its own
 /// complement, be it most blocks or one. bf16 products round v, h_j and H_i, each by at most 2^-9
 /// of a weighted mean of |v|; fp32 sums of 300 terms by 300 * 2^-24.
@@ -91,11 +100,7 @@ TEST_P(Cpu, LinearOutputStaysInTheRangeOfV) {
       p.config.precision = precision;
       p.config.keep = keep;
       Call call(p, 11);
-      std::vector<double> v = call.v.values();
-      for (std::int64_t n = 0; n < 150; ++n) {
-        for (std::int64_t c = 0; c < p.value_dim; ++c) v[n * p.value_dim + c] *= 6e4;
-      }
-      call.v.set(v);
+      const std::vector<double> v = enlarge_values(call);
       SerialExecutor serial;
       call.run_forward(serial);
       const std::vector<double> out = call.out_linear.values();
@@ -125,11 +130,7 @@ TEST_P(Cpu, SoftLinearOutputStaysInTheRangeOfV) {
   Problem p = problem(RoutingMode::kSoft);
   SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
   Call call(p, 11);
-  std::vector<double> v = call.v.values();
-  for (std::int64_t n = 0; n < 150; ++n) {
-    for (std::int64_t c = 0; c < p.value_dim; ++c) v[n * p.value_dim + c] *= 6e4;
-  }
-  call.v.set(v);
+  const std::vector<double> v = enlarge_values(call);
   SerialExecutor serial;
   call.run_forward(serial);
   const std::vector<double> out = call.out_linear.values();

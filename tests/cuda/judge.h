@@ -15,17 +15,6 @@
 
 namespace sla2::test {
 
-template <typename Real>
-reference::RoutingResult<Real> routing_of(const Call& call) {
-  reference::RoutingResult<Real> routing;
-  const auto logits = call.logits.values();
-  routing.logits.assign(logits.begin(), logits.end());
-  for (const double x : call.blocks.values()) {
-    routing.blocks.push_back(static_cast<std::int32_t>(x));
-  }
-  return routing;
-}
-
 inline void judge_forward(Call& call) {
   const Problem& problem = call.problem;
   Problem exact_problem = problem;
@@ -51,29 +40,6 @@ inline void judge_forward(Call& call) {
     const auto emulated = reference::forward(problem, call.operands<float>(), &given_float);
     expect_integers_close(call, given, emulated.out_sparse, Chunks::kOther);  // one tile a chunk
   }
-}
-
-template <typename Real>
-reference::ForwardResult<Real> saved_of(Call& call, bool learns_router) {
-  const auto copy = [](const std::vector<double>& x) {
-    return std::vector<Real>(x.begin(), x.end());
-  };
-  reference::ForwardResult<Real> saved;
-  saved.out_sparse = copy(call.out_sparse.values());
-  saved.out_linear = copy(call.out_linear.values());
-  saved.lse = copy(call.lse.values());
-  saved.k_mean = copy(call.k_mean.values());
-  saved.routing = routing_of<Real>(call);
-  if (learns_router) {
-    saved.routing.scores = reference::route(call.problem, call.operands<Real>()).scores;
-  }
-  return saved;
-}
-
-inline double largest(const std::vector<double>& values) {
-  double most = 0;
-  for (const double x : values) most = std::max(most, std::abs(x));
-  return most;
 }
 
 /// expect_rows_close, but a gradient that is exactly zero (one key: dP = Ds) may keep what `terms`

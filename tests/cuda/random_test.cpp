@@ -1,7 +1,8 @@
 // Random problems, forward and backward in one go, each from its own seed. SLA2_RANDOM_PROBLEMS
 // sets their number, SLA2_RANDOM_FIRST the first seed: a failure names the seed to repeat.
+#include "core/random.h"
+
 #include <cstdint>
-#include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
@@ -13,24 +14,6 @@
 
 namespace sla2::test {
 namespace {
-
-std::uint64_t environment(const char* name, std::uint64_t otherwise) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : std::stoull(text);
-}
-
-struct Random {
-  std::mt19937_64 generator;
-  template <typename T>
-  T one_of(std::initializer_list<T> values) {
-    return values.begin()[generator() % values.size()];
-  }
-  std::int64_t between(std::int64_t low, std::int64_t high) {
-    return low +
-           static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(high - low + 1));
-  }
-  bool chance(double p) { return std::uniform_real_distribution<double>()(generator) < p; }
-};
 
 Case random_case(std::uint64_t seed) {
   Random random{std::mt19937_64(seed)};

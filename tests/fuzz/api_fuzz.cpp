@@ -29,11 +29,6 @@ void announce(std::uint64_t seed, const FuzzCase& c) {
   std::fflush(stdout);
 }
 
-std::uint64_t environment(const char* name, std::uint64_t otherwise) {
-  const char* text = std::getenv(name);
-  return text == nullptr ? otherwise : std::stoull(text);
-}
-
 /// Exactly the bytes that were asked for, at any address, full of what is NaN as a number;
 /// sentinels on either side.
 class Workspace {

@@ -2,28 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "core/problems.h"
+#include "core/random.h"
 #include "sla2/sla2.h"
 
 namespace sla2::test {
-
-struct Random {
-  std::mt19937_64 generator;
-  template <typename T>
-  T one_of(std::initializer_list<T> values) {
-    return values.begin()[generator() % values.size()];
-  }
-  std::int64_t between(std::int64_t low, std::int64_t high) {
-    return low +
-           static_cast<std::int64_t>(generator() % static_cast<std::uint64_t>(high - low + 1));
-  }
-  bool chance(double p) { return std::uniform_real_distribution<double>()(generator) < p; }
-};
 
 /// What the tensors hold, and so what may be asked of the results.
 enum class Values {

@@ -35,6 +35,12 @@ def sla2(*arguments, timeout=120, **more):
     )
 
 
+def done(*arguments):
+    result = sla2(*arguments)
+    assert result.returncode == 0, (arguments, result.stderr)
+    return result
+
+
 def start(*arguments):
     """The running program; its output is read by communicate()."""
     return subprocess.Popen(

@@ -12,6 +12,7 @@ from program import (
     PROGRAM,
     TINY,
     contents_of,
+    done,
     error_of,
     pretrain,
     sla2,
@@ -28,12 +29,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CPU = ["--device", "cpu", "--threads", 1, "--seed", 3]
 WIDE = "--layers 2 --heads 2 --height 64 --width 64".split()
 CALIBRATE = "--keeps 0.5,0.25 --block-q 32 --block-k 32 --steps 2".split()
-
-
-def done(*arguments):
-    result = sla2(*arguments)
-    assert result.returncode == 0, (arguments, result.stderr)
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from program import PROGRAM, error_of, sla2
+from program import PROGRAM, done, error_of, sla2
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -14,12 +14,6 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="the program is not buil
 
 SHAPE = (4, 16, 24)  # of the latents; 4 x 8 x 12 tokens
 CPU = ["--device", "cpu", "--threads", 1, "--seed", 3]
-
-
-def done(*arguments):
-    result = sla2(*arguments)
-    assert result.returncode == 0, (arguments, result.stderr)
-    return result
 
 
 @pytest.fixture(scope="module")
