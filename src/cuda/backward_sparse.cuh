@@ -96,8 +96,9 @@ template <int kTerms, int D>
 SLA2_DEVICE void copy_rows(Bf16* tile, const Terms& from, std::int64_t at) {
   using S = Sizes<kTerms, D>;
   static_assert(S::kStep % S::kCopyRows == 0);
-  const int row = thread_index() / S::kUnits;
-  const int unit = thread_index() % S::kUnits * 8;
+  const int thread = thread_index();
+  const int row = thread / S::kUnits;
+  const int unit = thread % S::kUnits * 8;
   Bf16* const to = tile + row * S::kPitch + unit;
   const Bf16* const source = from.data + at + row * D + unit;
   SLA2_UNROLL for (int p = 0; p < kTerms; ++p) {
@@ -147,9 +148,8 @@ SLA2_DEVICE void pipeline(const Walk& first, Copy copy, Compute compute) {
 /// Pairs of a row that are loaded together, before a store: one after the other they would wait.
 inline constexpr int kEpilogue = 8;
 SLA2_DEVICE void load_pairs(const float* row, int first, Words2 (&pairs)[kEpilogue]) {
-  SLA2_UNROLL for (int n = 0; n < kEpilogue; ++n) {
-    pairs[n] = load_8(row + (first + n) * 8 + lane_index() % 4 * 2);
-  }
+  const int column = first * 8 + fresh_thread_index() % 4 * 2;
+  SLA2_UNROLL for (int n = 0; n < kEpilogue; ++n) pairs[n] = load_8(row + column + n * 8);
 }
 
 }  // namespace sla2::SLA2_CUDA_ROOM

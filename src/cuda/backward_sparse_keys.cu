@@ -34,23 +34,26 @@ constexpr int kCandidates = kBackThreads * kRounds;
 struct Readers {
   int list[kCandidates];
   int counts[kRounds * kWarps];  // 32: one a lane
+  const std::uint8_t* reads;     // [group, T, M] at this key block
+  std::int64_t head_step;        // T * M
 };
 static_assert(kRounds * kWarps == 32);
 
 /// The steps of queries that read one key block: head after head of the group, ascending.
 template <int kStep>
 struct QueryWalk {
-  const std::uint8_t* reads;  // [group, T, M] at this key block
-  std::int64_t head_step;     // T * M
   Readers* readers;
   int group, M, bq, Nq;
-  int base;         // the first candidate that the list does not cover
-  int at, count;    // of the list
-  int g, i, first;  // head of the group, query block, first query of the step
+  int base;       // the first candidate that the list does not cover
+  int at, count;  // of the list
+  int block;      // head of the group * M + query block
+  int within;     // the step's first query, counted from the block's
 
   /// The next candidates; the whole block of threads.
   SLA2_DEVICE void list_next() {
     const int all = group * M;
+    const std::uint8_t* reads = readers->reads;
+    const std::int64_t head_step = readers->head_step;
     std::uint32_t bits[kRounds];
     SLA2_UNROLL for (int u = 0; u < kRounds; ++u) {
       const int n = base + u * kBackThreads + thread_index();
@@ -87,14 +90,12 @@ struct QueryWalk {
   SLA2_DEVICE void find() {
     while (at >= count && base < group * M) list_next();
     if (at >= count) return;
-    const int n = readers->list[at];
-    g = group == 1 ? 0 : n / M;
-    i = n - g * M;
-    first = i * bq;
+    block = readers->list[at];
+    within = 0;
   }
   SLA2_DEVICE void advance() {
-    first += kStep;
-    if (first < Nq && first < (i + 1) * bq) return;
+    within += kStep;
+    if (within < bq && (group == 1 ? block : block % M) * bq + within < Nq) return;
     ++at;
     find();
   }
@@ -109,7 +110,8 @@ SLA2_DEVICE void store_keys(const Call& c, const Rows& to, int b, int kv, int fi
                             const float* mean) {
   if (to.data == nullptr) return;
   SLA2_UNROLL for (int half = 0; half < 2; ++half) {
-    const int r = lane_index() / 4 + half * 8;
+    const int lane = fresh_thread_index() % 32;
+    const int r = lane / 4 + half * 8;
     if (first + r >= c.Nk) continue;
     const bool inside = first + r < length;
     const Row out = row_of(to, b, kv, first + r);
@@ -119,7 +121,7 @@ SLA2_DEVICE void store_keys(const Call& c, const Rows& to, int b, int kv, int fi
       load_pairs(rows + r * D, at, linear);
       if (mean != nullptr) load_pairs(mean, at, shift);
       SLA2_UNROLL for (int n = at; n < at + kEpilogue; ++n) {
-        const int column = n * 8 + lane_index() % 4 * 2;
+        const int column = n * 8 + lane % 4 * 2;
         float x[2];
         SLA2_UNROLL for (int e = 0; e < 2; ++e) {
           const float others =
@@ -139,37 +141,33 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
   const int b = block_y() / c.Hkv;
   const int kv = block_y() % c.Hkv;
   const int j = block_x() / back.key_tiles;
-  const int warp_row = block_x() % back.key_tiles * kTileRows + warp_index() * 16;
-  const bool active = warp_row < c.bk;
+  // The warp's first row of the key block; computed anew, so that no register holds it for long.
+  const auto warp_row = [&] {
+    return block_x() % back.key_tiles * kTileRows + fresh_thread_index() / 32 * 16;
+  };
+  const auto active = [&] { return warp_row() < c.bk; };
   const std::int64_t head = block_y();
-  const std::int64_t row = (head * c.T + j) * c.bk + warp_row;
-  const std::int64_t first_head = static_cast<std::int64_t>(b) * c.H + kv * c.group;
+  const std::int64_t row = (head * c.T + j) * c.bk + warp_row();
+  // Of the group's first head: query blocks of all heads lie one behind the other.
+  const std::int64_t first_block = std::int64_t{b * c.H + kv * c.group} * c.M;
   const int length = key_length(c, b);
 
   Own<kTerms, D> ks;
   Own<kTerms, D> v;
-  ks.load(back.ks, row * D, active);
-  if constexpr (kKeys) v.load(back.v, row * D, active);
-  const std::int64_t head_step = static_cast<std::int64_t>(c.T) * c.M;
-  QueryWalk<S::kStep> first{
-      back.reads + first_head * head_step + static_cast<std::int64_t>(j) * c.M,
-      head_step,
-      shared_memory<Readers>(S::kStages * S::kStage),
-      c.group,
-      c.M,
-      c.bq,
-      c.Nq,
-      0,
-      0,
-      0,
-      0,
-      0,
-      0};
+  ks.load(back.ks, row * D, active());
+  if constexpr (kKeys) v.load(back.v, row * D, active());
+  Readers* const readers = shared_memory<Readers>(S::kStages * S::kStage);
+  if (thread_index() == 0) {
+    readers->head_step = std::int64_t{c.T} * c.M;
+    readers->reads = back.reads + first_block * c.T + std::int64_t{j} * c.M;
+  }
+  block_barrier();
+  QueryWalk<S::kStep> first{readers, c.group, c.M, c.bq, c.Nq, 0, 0, 0, 0, 0};
   first.find();
   const auto copy = [&](const QueryWalk<S::kStep>& walk, int stage) {
     Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
     float* rows = shared_memory<float>(static_cast<std::size_t>(stage + 4 * S::kMatrix));
-    const std::int64_t from = (first_head + walk.g) * c.M * c.bq + walk.first;
+    const std::int64_t from = (first_block + walk.block) * c.bq + walk.within;
     copy_rows<kTerms, D>(tiles, back.q, from * D);
     copy_rows<kTerms, D>(tiles + S::kMatrix, back.d_o, from * D);
     const int t = thread_index();
@@ -182,10 +180,10 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
   float d_v[kValues ? D / 8 : 1][4] = {};
   float d_k[kKeys ? D / 8 : 1][4] = {};
   pipeline<S::kStages, S::kStage>(first, copy, [&](const auto& walk, int stage, const auto&) {
-    if (!active) return;
+    if (!active()) return;
     const Bf16* tiles = shared_memory<Bf16>(static_cast<std::size_t>(stage));
     const float* rows = shared_memory<float>(static_cast<std::size_t>(stage + 4 * S::kMatrix));
-    const std::int64_t block = (first_head + walk.g) * c.M + walk.i;
+    const std::int64_t block = first_block + walk.block;
     const float factor = back.alphas[block];
     const float log_m = c.soft ? log2_weight(c.given_logits[block * c.T + j]) : 0.0f;
     const float scale = c.scale * kLog2E;
@@ -221,14 +219,16 @@ SLA2_DEVICE void sparse_keys(const Backward& back) {
     }
   });
 
-  if (!active) return;
-  const int first_key = j * c.bk + warp_row;
+  if (!active()) return;
+  const int own = warp_row();
+  const int first_key = j * c.bk + own;
+  const std::int64_t line = (head * c.T + j) * c.bk + own;
   if constexpr (kValues) {
-    store_keys<D>(c, back.d_v, b, kv, first_key, length, c.dv, d_v, 1.0f, back.d_v_linear + row * D,
-                  nullptr);
+    store_keys<D>(c, back.d_v, b, kv, first_key, length, c.dv, d_v, 1.0f,
+                  back.d_v_linear + line * D, nullptr);
   }
   if constexpr (kKeys) {
-    store_keys<D>(c, back.d_k, b, kv, first_key, length, c.d, d_k, c.scale, back.d_keys + row * D,
+    store_keys<D>(c, back.d_k, b, kv, first_key, length, c.d, d_k, c.scale, back.d_keys + line * D,
                   back.key_mean + head * D);
   }
 }

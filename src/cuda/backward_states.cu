@@ -173,32 +173,30 @@ void back_query_gradients(const Backward& back, void* stream) {
 
 void back_query_states(const Backward& back, void* stream) {
   const Call& c = back.call;
-  BlockSums x;
-  x.a = back.rest;
-  x.b = back.h;
-  x.c = back.sums;
-  x.a_pitch = c.Tp;
-  x.m = c.M;
-  x.k = c.T;
-  x.n = back.C;
-  x.heads = std::int64_t{c.B} * c.H;
-  x.group = c.group;
-  sum_blocks(x, stream);
+  sum_blocks({.a = back.rest,
+              .b = back.h,
+              .c = back.sums,
+              .a_pitch = c.Tp,
+              .n = back.C,
+              .heads = std::int64_t{c.B} * c.H,
+              .m = c.M,
+              .k = c.T,
+              .group = c.group},
+             stream);
 }
 
 void back_key_gradients(const Backward& back, void* stream) {
   const Call& c = back.call;
-  BlockSums x;
-  x.a = back.rest;
-  x.b = back.d_sums;
-  x.c = back.d_h;
-  x.a_pitch = c.Tp;
-  x.m = c.T;
-  x.k = c.group * c.M;  // the heads of a group lie one behind the other: one long sum
-  x.n = back.C;
-  x.heads = std::int64_t{c.B} * c.Hkv;
-  x.by_k = true;
-  sum_blocks(x, stream);
+  sum_blocks({.a = back.rest,
+              .b = back.d_sums,
+              .c = back.d_h,
+              .a_pitch = c.Tp,
+              .n = back.C,
+              .heads = std::int64_t{c.B} * c.Hkv,
+              .m = c.T,
+              .k = c.group * c.M,  // the heads of a group lie one behind the other: one long sum
+              .by_k = true},
+             stream);
 }
 
 }  // namespace sla2::SLA2_CUDA_ROOM

@@ -73,6 +73,12 @@ namespace sla2::cuda {
 
 // Where a thread is.
 SLA2_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+/// The same, read anew: what is computed from it is computed again, not kept in a register.
+SLA2_DEVICE int fresh_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 SLA2_DEVICE int lane_index() { return static_cast<int>(threadIdx.x & 31u); }
 SLA2_DEVICE int warp_index() { return static_cast<int>(threadIdx.x >> 5); }
 SLA2_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }

@@ -75,6 +75,7 @@ struct Launch {
 void run_grid(const Launch& launch, Grid grid, int threads, std::size_t shared);
 
 SLA2_DEVICE int thread_index() { return place().thread; }
+SLA2_DEVICE int fresh_thread_index() { return place().thread; }
 SLA2_DEVICE int lane_index() { return place().thread & 31; }
 SLA2_DEVICE int warp_index() { return place().thread >> 5; }
 SLA2_DEVICE int block_threads() { return place().threads; }

@@ -37,10 +37,11 @@ struct Shape {
   static constexpr int kValuePasses = kRows < kValueRows ? 1 : kRows / kValueRows;
   static constexpr int kPhiPlane = kRows * kPhiStride;
   static constexpr int kValuePlane = kRows * kValueStride;
-  // Shared memory: maxima of the warps; phi and V (afterwards h); V's bytes.
+  // Shared memory: maxima of the warps; KeyBlock; phi and V (afterwards h); V's bytes.
   static constexpr int kStaged = kTerms * (kPhiPlane + kValuePlane);
   static constexpr int kStates = D * kValueStride;
   static constexpr std::size_t kMaxima = 0;
+  static constexpr std::size_t kKeyBlock = 64;
   static constexpr std::size_t kPhi = 128;
   static constexpr std::size_t kValue =
       kPhi + static_cast<std::size_t>(kTerms) * kPhiPlane * sizeof(Bf16);
@@ -48,6 +49,7 @@ struct Shape {
       kPhi + static_cast<std::size_t>(kStaged > kStates ? kStaged : kStates) * sizeof(Bf16);
 };
 
+/// What a block works on. It lies in shared memory: registers are what the sums leave few of.
 struct KeyBlock {
   int b, kv, j, slice;
   int first, rows;       // tokens of the block that exist
@@ -55,11 +57,10 @@ struct KeyBlock {
   std::int64_t low_row;  // first row in k_low and v_low
 };
 
-/// A lane's part of the rows of one step, as loaded.
-template <typename T, int D>
-struct Step {
-  RawLine<T> k[Shape<T, D>::kKeyPasses];
-  RawLine<T> v[Shape<T, D>::kValuePasses];
+/// A lane's part of the rows of `passes` passes, as loaded.
+template <typename T, int kPasses>
+struct Lines {
+  RawLine<T> of[kPasses];
 };
 
 template <typename T, int D>
@@ -81,26 +82,29 @@ SLA2_DEVICE int value_row(int pass) {
   return pass * Shape<T, D>::kValueRows + thread_index() / Shape<T, D>::kValueLanes;
 }
 
-template <typename T, int D>
-SLA2_DEVICE void load_keys(const Call& c, const KeyBlock& at, int first, Step<T, D>& step) {
+/// Passes [pass, pass + kPasses) of the step that starts at row `first` of the block.
+template <typename T, int D, int kPasses>
+SLA2_DEVICE void load_keys(const Call& c, const KeyBlock& at, int first, int pass,
+                           Lines<T, kPasses>& k) {
   const int channel = key_channel<T, D>();
   const T* from = static_cast<const T*>(c.k.data) + at.b * c.k.batch + at.kv * c.k.head +
                   (at.first + first) * c.k.token + channel;
-  SLA2_UNROLL for (int pass = 0; pass < Shape<T, D>::kKeyPasses; ++pass) {
-    const int r = key_row<T, D>(pass);
-    step.k[pass] = load_raw(from + r * c.k.token, c.k.vectors,
-                            r < Shape<T, D>::kRows && first + r < at.rows && channel < c.d);
+  SLA2_UNROLL for (int i = 0; i < kPasses; ++i) {
+    const int r = key_row<T, D>(pass + i);
+    k.of[i] = load_raw(from + r * c.k.token, c.k.vectors,
+                       r < Shape<T, D>::kRows && first + r < at.rows && channel < c.d);
   }
 }
-template <typename T, int D>
-SLA2_DEVICE void load_values(const Call& c, const KeyBlock& at, int first, Step<T, D>& step) {
+template <typename T, int D, int kPasses>
+SLA2_DEVICE void load_values(const Call& c, const KeyBlock& at, int first, int pass,
+                             Lines<T, kPasses>& v) {
   const int channel = at.slice * Shape<T, D>::kColumns + value_channel<T, D>();
   const T* from = static_cast<const T*>(c.v.data) + at.b * c.v.batch + at.kv * c.v.head +
                   (at.first + first) * c.v.token + channel;
-  SLA2_UNROLL for (int pass = 0; pass < Shape<T, D>::kValuePasses; ++pass) {
-    const int r = value_row<T, D>(pass);
-    step.v[pass] = load_raw(from + r * c.v.token, c.v.vectors,
-                            r < Shape<T, D>::kRows && first + r < at.rows && channel < c.dv);
+  SLA2_UNROLL for (int i = 0; i < kPasses; ++i) {
+    const int r = value_row<T, D>(pass + i);
+    v.of[i] = load_raw(from + r * c.v.token, c.v.vectors,
+                       r < Shape<T, D>::kRows && first + r < at.rows && channel < c.dv);
   }
 }
 
@@ -120,19 +124,20 @@ SLA2_DEVICE void load_mean(const Call& c, const KeyBlock& at, float (&mean)[kLin
   SLA2_UNROLL for (int i = 0; i < kLine; ++i) mean[i] = channel < c.d ? from[i] : 0.0f;
 }
 
-/// The factor of the block's integers; writes k_scale. Leaves the last step's rows in `step`.
+/// The factor of the block's integers; writes k_scale. Leaves the last step's rows in `k`.
 template <typename T, int D>
-SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, Step<T, D>& step) {
+SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at,
+                               Lines<T, Shape<T, D>::kKeyPasses>& k) {
   using S = Shape<T, D>;
   float mean[kLine];
   load_mean<T, D>(c, at, mean);
   float amax = 0;
   for (int first = 0; first < at.rows; first += S::kRows) {
-    if (c.bk > S::kRows) load_keys<T, D>(c, at, first, step);
+    if (c.bk > S::kRows) load_keys<T, D>(c, at, first, 0, k);
     SLA2_UNROLL for (int pass = 0; pass < S::kKeyPasses; ++pass) {
       const int r = key_row<T, D>(pass);
       float ks[kLine];
-      smooth(step.k[pass], r < S::kRows && first + r < at.rows, mean, ks);
+      smooth(k.of[pass], r < S::kRows && first + r < at.rows, mean, ks);
       amax = amax_of_line(amax, ks);
     }
   }
@@ -147,21 +152,21 @@ SLA2_DEVICE float block_factor(const Call& c, const KeyBlock& at, Step<T, D>& st
   return factor;
 }
 
-/// The step's rows of K: k_low and phi.
-template <typename T, int D>
-SLA2_DEVICE void stage_keys(const Call& c, const KeyBlock& at, int first, float factor,
-                            const Step<T, D>& step) {
+/// Rows of K: k_low and phi.
+template <typename T, int D, int kPasses>
+SLA2_DEVICE void stage_keys(const Call& c, const KeyBlock& at, int first, int pass, float factor,
+                            const Lines<T, kPasses>& k) {
   using S = Shape<T, D>;
   float mean[kLine];
   load_mean<T, D>(c, at, mean);
   Bf16* phi = shared_memory<Bf16>(S::kPhi);
   const int channel = key_channel<T, D>();
-  SLA2_UNROLL for (int pass = 0; pass < S::kKeyPasses; ++pass) {
-    const int r = key_row<T, D>(pass);
+  SLA2_UNROLL for (int i = 0; i < kPasses; ++i) {
+    const int r = key_row<T, D>(pass + i);
     const bool staged = r < S::kRows && first + r < c.bk;
     const bool valid = staged && first + r < at.rows && channel < c.d;
     float ks[kLine];
-    smooth(step.k[pass], valid, mean, ks);
+    smooth(k.of[i], valid, mean, ks);
     if (c.k_low != nullptr && at.slice == 0 && staged) {
       const std::int64_t to = (at.low_row + first + r) * D + channel;
       if (is_low_bit(c)) {
@@ -171,7 +176,7 @@ SLA2_DEVICE void stage_keys(const Call& c, const KeyBlock& at, int first, float 
       }
     }
     if (c.h.data == nullptr) continue;
-    if (c.raw_keys) unpack_line(step.k[pass], ks);
+    if (c.raw_keys) unpack_line(k.of[i], ks);
     apply_phi<S::kKeyLanes, S::kTerms == 1>(c.feature_map, valid, ks);
     if (r < S::kRows) {
       store_line_terms<S::kTerms>(phi + r * S::kPhiStride + channel, S::kPhiPlane, ks);
@@ -179,10 +184,10 @@ SLA2_DEVICE void stage_keys(const Call& c, const KeyBlock& at, int first, float 
   }
 }
 
-/// The step's rows of V: v_low (8 bits: into `bytes`) and the term planes.
-template <typename T, int D>
-SLA2_DEVICE void stage_values(const Call& c, const KeyBlock& at, int first,
-                              const Step<T, D>& step) {
+/// Rows of V: v_low (8 bits: into `bytes`) and the term planes.
+template <typename T, int D, int kPasses>
+SLA2_DEVICE void stage_values(const Call& c, const KeyBlock& at, int first, int pass,
+                              const Lines<T, kPasses>& lines) {
   using S = Shape<T, D>;
   Bf16* value = shared_memory<Bf16>(S::kValue);
   const int channel = value_channel<T, D>();
@@ -195,11 +200,11 @@ SLA2_DEVICE void stage_values(const Call& c, const KeyBlock& at, int first,
       if (factor[i] != 0.0f) mask.x[i / 4] |= 0xffu << i % 4 * 8;
     }
   }
-  SLA2_UNROLL for (int pass = 0; pass < S::kValuePasses; ++pass) {
-    const int r = value_row<T, D>(pass);
+  SLA2_UNROLL for (int i = 0; i < kPasses; ++i) {
+    const int r = value_row<T, D>(pass + i);
     if (r >= S::kRows) continue;
     float v[kLine];
-    unpack_line(step.v[pass], v);
+    unpack_line(lines.of[i], v);
     if (c.v_low != nullptr && first + r < c.bk) {
       std::uint8_t* bytes =
           shared_memory<std::uint8_t>(S::kBytes) + (first + r) * S::kByteStride + channel;
@@ -223,7 +228,7 @@ SLA2_DEVICE void stage_values(const Call& c, const KeyBlock& at, int first,
     if (c.h.data == nullptr) continue;
     Bf16* to = value + r * S::kValueStride + channel;
     if constexpr (S::kTerms == 1) {
-      store_16(to, step.v[pass].words[0]);
+      store_16(to, lines.of[i].words[0]);
     } else {
       store_line_terms<S::kTerms>(to, S::kValuePlane, v);
     }
@@ -353,41 +358,51 @@ template <typename T, int D>
 SLA2_KERNEL(kThreads, D <= 128 && kTermsOf<T> == 1 ? 2 : 1)
 void keys_kernel(Call c) {
   using S = Shape<T, D>;
-  KeyBlock at;
-  at.slice = block_x() % S::kSlices;
+  KeyBlock own;
+  own.slice = block_x() % S::kSlices;
   const int index = block_x() / S::kSlices;
-  at.j = index % c.T;
-  at.head = index / c.T;
-  at.b = static_cast<int>(at.head / c.Hkv);
-  at.kv = static_cast<int>(at.head % c.Hkv);
-  at.first = at.j * c.bk;
-  at.rows = min_int(c.bk, key_length(c, at.b) - at.first);
-  at.low_row = (at.head * c.T + at.j) * c.bk;
-  if (at.rows <= 0) return;
+  own.j = index % c.T;
+  own.head = index / c.T;
+  own.b = static_cast<int>(own.head / c.Hkv);
+  own.kv = static_cast<int>(own.head % c.Hkv);
+  own.first = own.j * c.bk;
+  own.rows = min_int(c.bk, key_length(c, own.b) - own.first);
+  own.low_row = (own.head * c.T + own.j) * c.bk;
+  if (own.rows <= 0) return;
+  KeyBlock& at = *shared_memory<KeyBlock>(S::kKeyBlock);
+  if (thread_index() == 0) at = own;
+  block_barrier();
 
-  Step<T, D> step;
+  Lines<T, S::kKeyPasses> k;
+  Lines<T, S::kValuePasses> v;
   if (c.bk <= S::kRows) {
-    load_keys<T, D>(c, at, 0, step);
-    load_values<T, D>(c, at, 0, step);
+    load_keys<T, D>(c, at, 0, 0, k);
+    load_values<T, D>(c, at, 0, 0, v);
   }
   const bool low = c.k_low != nullptr && is_low_bit(c);
-  const float factor = low ? block_factor<T, D>(c, at, step) : 0.0f;
+  const float factor = low ? block_factor<T, D>(c, at, k) : 0.0f;
   if (c.bk > S::kRows) {
-    load_keys<T, D>(c, at, 0, step);
-    load_values<T, D>(c, at, 0, step);
+    load_keys<T, D>(c, at, 0, 0, k);
+    load_values<T, D>(c, at, 0, 0, v);
   }
-  stage_keys<T, D>(c, at, 0, factor, step);
-  stage_values<T, D>(c, at, 0, step);
+  stage_keys<T, D>(c, at, 0, 0, factor, k);
+  stage_values<T, D>(c, at, 0, 0, v);
   block_barrier();
-  // The first step stands apart: its rows and the sums are never in registers together.
+  // The first step stands apart: all its rows are in registers at once, before the sums are.
   States<T, D> sum{};
   if (c.h.data != nullptr) multiply<T, D>(min_int(S::kRows, c.bk), sum);
   SLA2_NO_UNROLL for (int first = S::kRows; first < c.bk; first += S::kRows) {
     block_barrier();
-    load_keys<T, D>(c, at, first, step);
-    stage_keys<T, D>(c, at, first, factor, step);
-    load_values<T, D>(c, at, first, step);
-    stage_values<T, D>(c, at, first, step);
+    SLA2_NO_UNROLL for (int pass = 0; pass < S::kKeyPasses; ++pass) {
+      Lines<T, 1> line;
+      load_keys<T, D>(c, at, first, pass, line);
+      stage_keys<T, D>(c, at, first, pass, factor, line);
+    }
+    SLA2_NO_UNROLL for (int pass = 0; pass < S::kValuePasses; ++pass) {
+      Lines<T, 1> line;
+      load_values<T, D>(c, at, first, pass, line);
+      stage_values<T, D>(c, at, first, pass, line);
+    }
     block_barrier();
     if (c.h.data != nullptr) multiply<T, D>(S::kRows, sum);
   }

@@ -127,6 +127,15 @@ SLA2_DEVICE void store_four(const Row& row, int c, const float (&x)[4]) {
   }
 }
 
+/// A weighted mean of rows of v for a tensor of `dtype`: it fits, its roundings may not. Near
+/// fp16's largest a finite mean is held at it; NaN, and Inf from the inputs, stay.
+SLA2_DEVICE float held_in_range(DType dtype, float mean) {
+  constexpr float kLargest = 65504.0f;
+  const float size = abs_of(mean);
+  if (dtype != DType::kF16 || !(size > kLargest) || size == kInfinity) return mean;
+  return mean > 0 ? kLargest : -kLargest;
+}
+
 /// Splits off the next bf16 term of both numbers; they keep the remainder.
 SLA2_DEVICE std::uint32_t next_term(float& low, float& high) {
   const std::uint32_t word = pack_bf16(low, high);

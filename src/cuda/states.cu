@@ -30,12 +30,13 @@ struct Tile {
   std::int64_t n0;
 };
 
-/// Steps of all pairs of terms, the pairs with the smallest products first.
+/// Steps of all pairs of terms, the pairs with the smallest products first. Not kExact: one pair.
 struct Step {
   int a_term, b_term, k0;
 };
+template <bool kExact>
 SLA2_DEVICE Step step_of(const BlockSums& x, int index, int steps) {
-  if (x.a.count == 1 && x.b.count == 1) return {0, 0, index * kStep};
+  if (!kExact) return {0, 0, index * kStep};
   const int pair = index / steps;
   const int k0 = index % steps * kStep;
   int seen = 0;
@@ -48,7 +49,9 @@ SLA2_DEVICE Step step_of(const BlockSums& x, int index, int steps) {
   }
   return {0, 0, k0};
 }
+template <bool kExact>
 SLA2_DEVICE int pairs_of(const BlockSums& x) {
+  if (!kExact) return 1;
   int pairs = 0;
   for (int a = 0; a < x.a.count; ++a) {
     for (int b = 0; b < x.b.count; ++b) pairs += a + b < max_int(x.a.count, x.b.count) ? 1 : 0;
@@ -128,13 +131,15 @@ SLA2_DEVICE void multiply_step(int stage, float (&acc)[kTilesM][kTilesN][4]) {
   }
 }
 
+template <bool kExact>
 SLA2_DEVICE void store_sums(const BlockSums& x, const Tile& tile, Bf16* to,
                             float (&acc)[kTilesM][kTilesN][4]) {
   const int lane = lane_index();
   Bf16* staged = shared_memory<Bf16>(0);
   Bf16* own = staged + (warp_index() / kWarpsN * kTilesM * 16 + lane / 4) * kStrideB +
               warp_index() % kWarpsN * kTilesN * 8 + lane % 4 * 2;
-  SLA2_NO_UNROLL for (int term = 0; term < x.c.count; ++term) {
+  const int terms = kExact ? x.c.count : 1;
+  SLA2_NO_UNROLL for (int term = 0; term < terms; ++term) {
     block_barrier();  // the ring, or the last term, has been read
     SLA2_UNROLL for (int m = 0; m < kTilesM; ++m) {
       SLA2_UNROLL for (int n = 0; n < kTilesN; ++n) {
@@ -178,10 +183,10 @@ void sums_kernel(BlockSums x) {
   tile.b = x.b.data + head / x.group * x.k * x.n;
 
   const int steps = (tile.k + kStep - 1) / kStep;
-  const int total = steps * pairs_of(x);
+  const int total = steps * pairs_of<kExact>(x);
   float acc[kTilesM][kTilesN][4] = {};
   for (int i = 0; i < kRing - 1; ++i) {
-    if (i < total) load_step<kByK>(x, tile, step_of(x, i, steps), i);
+    if (i < total) load_step<kByK>(x, tile, step_of<kExact>(x, i, steps), i);
     copy_async_commit();
   }
   int stage = 0;
@@ -190,21 +195,22 @@ void sums_kernel(BlockSums x) {
     block_barrier();
     const int next = i + kRing - 1;
     if (next < total) {
-      load_step<kByK>(x, tile, step_of(x, next, steps), stage == 0 ? kRing - 1 : stage - 1);
+      load_step<kByK>(x, tile, step_of<kExact>(x, next, steps), stage == 0 ? kRing - 1 : stage - 1);
     }
     copy_async_commit();
     multiply_step<kExact, kByK>(stage, acc);
     stage = stage + 1 == kRing ? 0 : stage + 1;
   }
   copy_async_wait<0>();
-  store_sums(x, tile, x.c.data + (head * x.m + tile.m0) * x.n + tile.n0, acc);
+  store_sums<kExact>(x, tile, x.c.data + (head * x.m + tile.m0) * x.n + tile.n0, acc);
 }
 
 template <bool kByK>
 void launch_sums(const BlockSums& x, void* stream) {
   const std::int64_t blocks = x.heads * ceil_div(x.m, kTileM) * ceil_div(x.n, kTileN);
-  launch(stream, x.b.count == 1 ? sums_kernel<false, kByK> : sums_kernel<true, kByK>, {blocks},
-         kThreads, kRingBytes, x);
+  const bool is_exact = x.a.count > 1 || x.b.count > 1 || x.c.count > 1;
+  launch(stream, is_exact ? sums_kernel<true, kByK> : sums_kernel<false, kByK>, {blocks}, kThreads,
+         kRingBytes, x);
 }
 
 }  // namespace
@@ -218,20 +224,19 @@ void sum_blocks(const BlockSums& x, void* stream) {
 }
 
 void sum_states(const Call& c, void* stream) {
-  BlockSums x;
-  x.a = c.rest;
-  x.b = c.h;
-  x.c = c.sums;
-  x.a_pitch = c.Tp;
-  x.m = c.M;
-  x.k = c.T;
-  x.n = c.S;
-  x.heads = std::int64_t{c.B} * c.H;
-  x.group = c.group;
-  x.key_lengths = c.key_lengths;
-  x.lengths_heads = c.H;
-  x.bk = c.bk;
-  sum_blocks(x, stream);
+  sum_blocks({.a = c.rest,
+              .b = c.h,
+              .c = c.sums,
+              .a_pitch = c.Tp,
+              .n = c.S,
+              .heads = std::int64_t{c.B} * c.H,
+              .m = c.M,
+              .k = c.T,
+              .group = c.group,
+              .key_lengths = c.key_lengths,
+              .lengths_heads = c.H,
+              .bk = c.bk},
+             stream);
 }
 
 }  // namespace sla2::SLA2_CUDA_ROOM

@@ -46,6 +46,17 @@ void mix(const Problem& problem, const Operands<Real>& operands, std::int64_t h,
   }
 }
 
+/// Means of rows of v fit in the caller's type, their roundings may not: near fp16's largest a
+/// finite mean is held at it.
+template <typename Real>
+void hold_in_range(const Problem& problem, Real* means, std::int64_t count) {
+  if (problem.dtype != DType::kF16) return;
+  constexpr Real kLargest = 65504;
+  for (std::int64_t at = 0; at < count; ++at) {
+    if (std::isfinite(means[at])) means[at] = std::clamp(means[at], -kLargest, kLargest);
+  }
+}
+
 /// A given routing as the router would have returned it.
 template <typename Real>
 RoutingResult<Real> adopt(const Problem& problem, const Operands<Real>& operands,
@@ -102,6 +113,8 @@ ForwardResult<Real> forward(const Problem& problem, const Operands<Real>& operan
           sparse_forward(problem, head, weights, bits, o_s, lse);
         }
         linear_forward(problem, head, weights, o_l);
+        hold_in_range(problem, o_s, s.Nq * s.dv);
+        hold_in_range(problem, o_l, s.Nq * s.dv);
         mix(problem, operands, head.h, weights.complement_empty, o_s, o_l,
             result.out.data() + at * s.Nq * s.dv);
       });

@@ -306,6 +306,26 @@ struct Call {
   }
 };
 
+/// v of +-65504, fp16's largest, under weights that all round up in fp16 but for the first key's:
+/// it has weight 1, the others the middle between 1/2 and the next number and a little more. Sums
+/// of such products are above 65520, which is Inf in fp16. For 256 keys, head size 16, keep 1.
+inline void use_the_largest_fp16(Call& call) {
+  const double weight = 0.5 + 0x1p-12 + 0x1p-15;
+  const double dot = -std::log(weight) * std::sqrt(16.0);  // of q and the first key
+  const double coarse = std::floor(dot / 2 * 512) / 512;
+  std::vector<double> q(call.q.size(), 0.0), k(call.k.size(), 0.0), v(call.v.size());
+  for (std::size_t at = 0; at < q.size(); at += 16) {
+    q[at] = coarse;
+    q[at + 1] = (dot - 2 * coarse) * 64;
+  }
+  k[0] = 2;  // its mean, over 256 keys, and what is left of it are exact in fp16
+  k[1] = 1.0 / 64;
+  for (std::size_t at = 0; at < v.size(); ++at) v[at] = at % 2 == 0 ? 65504 : -65504;
+  call.q.set(q);
+  call.k.set(k);
+  call.v.set(v);
+}
+
 /// |a - b| / |b| in the Euclidean norm.
 template <typename A, typename B>
 [[nodiscard]] double relative_error(const std::vector<A>& a, const std::vector<B>& b) {

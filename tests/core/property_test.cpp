@@ -237,6 +237,23 @@ INSTANTIATE_TEST_SUITE_P(Options, ExtremeTest,
                                                           FeatureMap::kRelu),
                                           testing::Values(65504.0, 1e-7, 0.0)));
 
+TEST(LargestFp16, MeansOfItStayInRange) {
+  for (const Precision precision :
+       {Precision::kInt8, Precision::kFp8, Precision::kBf16, Precision::kFp32}) {
+    Problem problem = small_problem(64, 256, 16, 16);
+    problem.dtype = DType::kF16;
+    problem.config.precision = precision;
+    problem.config.keep = 1;
+    Call call(problem);
+    use_the_largest_fp16(call);
+    const auto result = forward(problem, call.operands<double>());
+    for (const double o : result.out) {
+      EXPECT_LE(std::abs(o), 65504.0) << static_cast<int>(precision);
+      EXPECT_GE(std::abs(o), 0.99 * 65504) << static_cast<int>(precision);
+    }
+  }
+}
+
 TEST(SmallShapes, OneTokenAndOneBlock) {
   for (const auto& [q_tokens, k_tokens] : {std::pair{1, 1}, {1, 33}, {33, 1}, {32, 32}}) {
     for (const Precision precision : {Precision::kInt8, Precision::kFp8, Precision::kFp32}) {

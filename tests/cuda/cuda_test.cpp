@@ -16,14 +16,62 @@ namespace {
 
 #define SLA2_CUDA_OK(call) ASSERT_EQ(call, cudaSuccess)
 
+/// What `work` puts on `stream`, captured.
+class Graph {
+ public:
+  template <typename Work>
+  Graph(cudaStream_t stream, const Work& work) : stream_(stream) {
+    EXPECT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    work();
+    EXPECT_EQ(cudaStreamEndCapture(stream, &graph_), cudaSuccess);
+    EXPECT_EQ(cudaGraphInstantiate(&runnable_, graph_, 0), cudaSuccess);
+  }
+  ~Graph() {
+    cudaGraphExecDestroy(runnable_);
+    cudaGraphDestroy(graph_);
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  [[nodiscard]] std::size_t nodes() const {
+    std::size_t nodes = 0;
+    EXPECT_EQ(cudaGraphGetNodes(graph_, nullptr, &nodes), cudaSuccess);
+    return nodes;
+  }
+  void run() const { EXPECT_EQ(cudaGraphLaunch(runnable_, stream_), cudaSuccess); }
+
+ private:
+  cudaStream_t stream_;
+  cudaGraph_t graph_ = nullptr;
+  cudaGraphExec_t runnable_ = nullptr;
+};
+
+struct Captured {
+  const char* name;
+  Method method;
+  RoutingMode routing;
+  DType dtype;
+  Precision precision;
+};
+
+/// A graph of each pass: at most 8 and 12 nodes, launches and nothing else, and the same bits.
 TEST(CudaGpu, CallsAreCapturedInAGraph) {
   SLA2_SKIP_WITHOUT_MACHINE();
-  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+  cudaStream_t stream = nullptr;
+  SLA2_CUDA_OK(cudaStreamCreate(&stream));
+  for (const Captured& what : {
+           Captured{"int8", Method::kSla2, RoutingMode::kHard, DType::kBF16, Precision::kInt8},
+           Captured{"soft", Method::kSla2, RoutingMode::kSoft, DType::kBF16, Precision::kInt8},
+           Captured{"fp32", Method::kSla2, RoutingMode::kSoft, DType::kF32, Precision::kFp32},
+           Captured{"fp16", Method::kSla2, RoutingMode::kHard, DType::kF16, Precision::kBf16},
+           Captured{"sla", Method::kSla, RoutingMode::kHard, DType::kBF16, Precision::kInt8},
+       }) {
+    SCOPED_TRACE(what.name);
     Problem p = small_problem(150, 300, 64, 64);
     p.device = Device::kCuda;
-    p.dtype = DType::kBF16;
-    p.config.precision = Precision::kInt8;
-    p.config.routing = mode;
+    p.dtype = what.dtype;
+    p.config.precision = what.precision;
+    p.config.method = what.method;
+    p.config.routing = what.routing;
     Call direct(p, 3);
     DeviceCall on_device(direct);
     on_device.forward();
@@ -37,33 +85,34 @@ TEST(CudaGpu, CallsAreCapturedInAGraph) {
     const Saved saved = captured.saved();
     const ConstView d_out = captured.d_out();
     const Gradients gradients = captured.gradients();
-    const Scratch forward(backend().memory, implementation.workspace_bytes(p, Pass::kForward, 1));
-    const Scratch backward(backend().memory, implementation.workspace_bytes(p, Pass::kBackward, 1));
+    const Scratch forward_scratch(backend().memory,
+                                  implementation.workspace_bytes(p, Pass::kForward, 1));
+    const Scratch backward_scratch(backend().memory,
+                                   implementation.workspace_bytes(p, Pass::kBackward, 1));
     SerialExecutor serial;
-    cudaStream_t stream = nullptr;
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t runnable = nullptr;
-    SLA2_CUDA_OK(cudaStreamCreate(&stream));
-    SLA2_CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    implementation.forward(p, in, out, {serial, forward.span(), stream});
-    implementation.backward(p, in, saved, d_out, gradients, {serial, backward.span(), stream});
-    SLA2_CUDA_OK(cudaStreamEndCapture(stream, &graph));
-    std::size_t nodes = 0;
-    SLA2_CUDA_OK(cudaGraphGetNodes(graph, nullptr, &nodes));
-    EXPECT_LE(nodes, 8U + 12U);  // launches and nothing else
-    EXPECT_EQ(call.out.values().size(), direct.out.values().size());
-    SLA2_CUDA_OK(cudaGraphInstantiate(&runnable, graph, 0));
-    for (int run = 0; run < 2; ++run) SLA2_CUDA_OK(cudaGraphLaunch(runnable, stream));
+    const Graph forward(stream, [&] {
+      implementation.forward(p, in, out, {serial, forward_scratch.span(), stream});
+    });
+    const Graph backward(stream, [&] {
+      implementation.backward(p, in, saved, d_out, gradients,
+                              {serial, backward_scratch.span(), stream});
+    });
+    EXPECT_GE(forward.nodes(), 5U);
+    EXPECT_LE(forward.nodes(), 8U);
+    EXPECT_GE(backward.nodes(), 8U);
+    EXPECT_LE(backward.nodes(), 12U);
+    for (int run = 0; run < 2; ++run) {
+      forward.run();
+      backward.run();
+    }
     SLA2_CUDA_OK(cudaStreamSynchronize(stream));
     captured.mirror().download();
     EXPECT_EQ(call.out.values(), direct.out.values());
     EXPECT_EQ(call.d_q.values(), direct.d_q.values());
     EXPECT_EQ(call.d_k.values(), direct.d_k.values());
     EXPECT_EQ(call.d_v.values(), direct.d_v.values());
-    SLA2_CUDA_OK(cudaGraphExecDestroy(runnable));
-    SLA2_CUDA_OK(cudaGraphDestroy(graph));
-    SLA2_CUDA_OK(cudaStreamDestroy(stream));
   }
+  SLA2_CUDA_OK(cudaStreamDestroy(stream));
 }
 
 /// `heads` query heads with the same queries and gradients, one key/value head.

@@ -202,6 +202,40 @@ TEST(CudaProperty, ExtremeMagnitudesStayFinite) {
   }
 }
 
+/// Means of v = +-65504 are finite in fp16, whatever the roundings of weights and sums.
+TEST(CudaProperty, MeansOfTheLargestFp16StayFinite) {
+  SLA2_SKIP_WITHOUT_MACHINE();
+  for (const Precision precision :
+       {Precision::kFp32, Precision::kBf16, Precision::kInt8, Precision::kFp8}) {
+    for (const Method method : {Method::kSla2, Method::kSla}) {
+      for (const bool rounds_up : {false, true}) {
+        Problem p = small_problem(64, 256, 16, 16);
+        p.dtype = DType::kF16;
+        p.device = Device::kCuda;
+        p.config.precision = precision;
+        p.config.method = method;
+        if (rounds_up) p.config.keep = 1;
+        if (!backend().implementation.refusal(p, Pass::kForward).empty()) continue;
+        Call call(p, 11);
+        const std::vector<double> k = call.k.values();
+        use_the_largest_fp16(call);
+        if (!rounds_up) call.k.set(k);
+        call.proj_out.clear();
+        DeviceCall(call).forward();
+        for (Tensor* x : {&call.out, &call.out_sparse, &call.out_linear}) {
+          for (const double value : x->values()) {
+            ASSERT_TRUE(std::isfinite(value)) << static_cast<int>(precision) << rounds_up;
+          }
+        }
+        if (!rounds_up) continue;
+        for (const double value : call.out.values()) {
+          EXPECT_GE(std::abs(value), 0.99 * 65504) << static_cast<int>(precision);
+        }
+      }
+    }
+  }
+}
+
 TEST(CudaProperty, NaNAndInfLeaveIndicesValid) {
   SLA2_SKIP_WITHOUT_MACHINE();
   for (const RoutingMode mode : kModes) {
