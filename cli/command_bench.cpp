@@ -99,6 +99,11 @@ class Bench final : public Command {
     throw UsageError(fmt::format("--shape must be B,H,N,D, got {} number(s)", shape_.size()));
   }
 
+  std::vector<Pass> passes() const {
+    return values_of<Pass>("--pass", pass_,
+                           {{"forward", Pass::kForward}, {"backward", Pass::kBackward}});
+  }
+
   bench::SuiteOptions suite_options(const Session& session) const {
     bench::SuiteOptions o;
     if (!shape_.empty()) {
@@ -114,10 +119,7 @@ class Bench final : public Command {
           "--precision", precision_,
           {{"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"fp32", Precision::kFp32}});
     }
-    if (!pass_.empty()) {
-      o.passes = values_of<Pass>("--pass", pass_,
-                                 {{"forward", Pass::kForward}, {"backward", Pass::kBackward}});
-    }
+    if (!pass_.empty()) o.passes = passes();
     if (session.threads > 0) o.threads = {session.threads};
     o.config.block_q = config_.block_q;
     o.config.block_k = config_.block_k;
@@ -150,6 +152,7 @@ class Bench final : public Command {
                                            {"precision", precision},
                                            {"block_q", config_.block_q},
                                            {"block_k", config_.block_k}});
+    if (!pass_.empty()) options.passes = passes();
     options.repeats = repeats_;
     options.rivals = !no_rivals_;
     const auto result = video::bench_operator(options, session.run);

@@ -208,6 +208,8 @@ View view_of(const torch::Tensor& tensor) {
                     {sizes[0], sizes[1], sizes[2], sizes[3]});
 }
 
+std::string label_of(Pass pass) { return pass == Pass::kBackward ? "backward" : "forward"; }
+
 // The library called without torch's operators, its stages timed one by one.
 std::vector<StageTime> time_stages(const OpBenchOptions& options, Run& run) {
   const c10::DeviceGuard guard(run.device);
@@ -266,15 +268,19 @@ std::vector<StageTime> time_stages(const OpBenchOptions& options, Run& run) {
   gradients.d_k = view_of(tensors[8]);
   gradients.d_v = view_of(tensors[9]);
 
+  forward(problem, inputs, outputs,
+          {.executor = serial,
+           .workspace = context.workspace,
+           .stream = context.stream});  // what the backward reads
   std::vector<StageTime> stages;
   std::vector<std::vector<double>> samples;
   for (std::int64_t round = 0; round <= options.repeats; ++round) {
     std::size_t at = 0;
-    for (const char* pass : {"forward", "backward"}) {
+    for (const Pass pass : options.passes) {
       marks.clear();
       timer.flush();
       marks.emplace_back("", timer.mark());
-      if (std::string_view(pass) == "forward") {
+      if (pass == Pass::kForward) {
         forward(problem, inputs, outputs, context);
       } else {
         backward(problem, inputs, saved, as_const(view_of(tensors[3])), gradients, context);
@@ -282,7 +288,7 @@ std::vector<StageTime> time_stages(const OpBenchOptions& options, Run& run) {
       synchronize(run.device);
       for (std::size_t i = 1; i < marks.size(); ++i, ++at) {
         if (at == stages.size()) {
-          stages.push_back({.pass = pass, .stage = marks[i].first, .seconds = {}});
+          stages.push_back({.pass = label_of(pass), .stage = marks[i].first, .seconds = {}});
           samples.emplace_back();
         }
         if (round > 0) {
@@ -320,9 +326,9 @@ void add_flex(const OpBenchOptions& options, double forward_flops, bench::Rivals
     const auto* first = table.const_data_ptr<std::int32_t>();
     blocks.assign(first, first + table.numel());
   }
-  for (const Pass pass : {Pass::kForward, Pass::kBackward}) {
+  for (const Pass pass : options.passes) {
     const bool backward = pass == Pass::kBackward;
-    const std::string label = backward ? "backward" : "forward";
+    const std::string label = label_of(pass);
     run.check_stop("measuring");
     const std::string reason = rivals.prepare(label, name, pass, problem, 1, blocks);
     if (!reason.empty()) {
@@ -353,38 +359,52 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
   using Attend = std::function<torch::Tensor(const torch::Tensor&, const torch::Tensor&,
                                              const torch::Tensor&)>;
   const auto add = [&](const std::string& what, torch::Dtype dtype, const Attend& attend) {
-    std::array<torch::Tensor, 3> inputs;
-    for (std::size_t i = 0; i < 3; ++i) {
-      inputs[i] = random_input(shape, shape[2], static_cast<std::int64_t>(i), run).to(dtype);
-    }
     auto leaves = std::make_shared<std::array<torch::Tensor, 3>>();
-    for (std::size_t i = 0; i < 3; ++i)
-      (*leaves)[i] = inputs[i].detach().clone().set_requires_grad(true);
+    for (std::size_t i = 0; i < 3; ++i) {
+      (*leaves)[i] = random_input(shape, shape[2], static_cast<std::int64_t>(i), run).to(dtype);
+      (*leaves)[i].set_requires_grad(true);
+    }
     auto out = std::make_shared<torch::Tensor>();
     const torch::Tensor seed = random_input(shape, shape[2], 3, run).to(dtype);
-    cases.push_back({.what = what,
-                     .pass = "forward",
-                     .flops = forward_flops,
-                     .prepare = {},
-                     .work =
-                         [=] {
-                           const torch::NoGradGuard no_grad;
-                           attend(inputs[0], inputs[1], inputs[2]);
-                         },
-                     .clocked = {},
-                     .seconds = {}});
-    cases.push_back(
-        {.what = what,
-         .pass = "backward",
-         .flops = 2.5 * forward_flops,
-         .prepare = [=] { *out = attend((*leaves)[0], (*leaves)[1], (*leaves)[2]); },
-         .work =
-             [=] {
-               torch::autograd::grad({*out}, {(*leaves)[0], (*leaves)[1], (*leaves)[2]}, {seed});
-               out->reset();
-             },
-         .clocked = {},
-         .seconds = {}});
+    const auto attended = [=] { return attend((*leaves)[0], (*leaves)[1], (*leaves)[2]); };
+    for (const Pass pass : options.passes) {
+      Case one{.what = what,
+               .pass = label_of(pass),
+               .flops = (pass == Pass::kBackward ? 2.5 : 1.0) * forward_flops,
+               .prepare = {},
+               .work = {},
+               .clocked = {},
+               .seconds = {}};
+      if (pass == Pass::kForward) {
+        one.work = [=] {
+          const torch::NoGradGuard no_grad;
+          attended();
+        };
+      } else {
+        one.prepare = [=] { *out = attended(); };
+        one.work = [=] {
+          torch::autograd::grad({*out}, {(*leaves)[0], (*leaves)[1], (*leaves)[2]}, {seed});
+          out->reset();
+        };
+      }
+      cases.push_back(std::move(one));
+    }
+  };
+  // A rival that this torch or this GPU lacks is left out, with what it said.
+  const auto add_rival = [&](const std::string& what, const Attend& attend) {
+    const auto before = cases.size();
+    add(what, torch::kBFloat16, attend);
+    for (auto one = cases.begin() + static_cast<std::ptrdiff_t>(before); one != cases.end();) {
+      try {
+        if (one->prepare) one->prepare();
+        one->work();
+        synchronize(run.device);
+        ++one;
+      } catch (const c10::Error& error) {
+        result.left_out.push_back({what + " " + one->pass, error.what_without_backtrace()});
+        one = cases.erase(one);
+      }
+    }
   };
   const Config config = options.config;
   const Attend ours = [config](const auto& q, const auto& k, const auto& v) {
@@ -402,8 +422,8 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
   add("sla2", torch::kBFloat16, ours);
   std::unique_ptr<bench::Rivals> rivals;
   if (options.rivals) {
-    add("torch flash bf16", torch::kBFloat16, only(true));
-    add("torch cudnn bf16", torch::kBFloat16, only(false));
+    add_rival("torch flash bf16", only(true));
+    add_rival("torch cudnn bf16", only(false));
     rivals = std::make_unique<bench::Rivals>("", run.device.str());
     add_flex(options, forward_flops, *rivals, cases, result, run);
   }

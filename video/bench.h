@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "sla2/attention.h"
 #include "sla2/config.h"
 #include "video/denoiser.h"
 #include "video/run.h"
@@ -33,6 +34,7 @@ struct StageTime {
 struct OpBenchOptions {
   std::array<std::int64_t, 4> shape{1, 1, 8192, 128};  // B, H, N, D
   Config config;
+  std::vector<Pass> passes{Pass::kForward, Pass::kBackward};
   std::int64_t repeats = 5;
   bool rivals = true;  // PyTorch's attention too
 };
