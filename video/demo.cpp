@@ -310,7 +310,8 @@ std::vector<StepTime> Demo::times() {
   for (const double keep : options_.keeps) methods.push_back({"sla2", keep, calibrated(keep)});
   methods.push_back({"sla", main_keep(),
                      start_weights(denoiser, config(Method::kSla, main_keep()), TokenOrder{})});
-  return time_methods(denoiser, methods, options_.repeats, run_);
+  return time_methods(denoiser, methods, denoiser.text_of_rows({denoiser.no_caption_row()}),
+                      options_.repeats, run_);
 }
 
 json Demo::report(const Comparison& comparison, const std::vector<StepTime>& times) {
@@ -439,6 +440,7 @@ json Demo::run() {
   options.validation_samples = options_.validation_samples;
   options.sampler.steps = options_.sampling_steps;
   options.sampler.shift = denoiser.card.shift;
+  options.fps = denoiser.card.fps;
   options.sampler.from_t = options_.own_inputs.empty() ? 1.0 : options_.from_t;
   const Comparison comparison = timed("videos and validation", [&] {
     return compare(variants(), rows, *dataset_, options, run_, options_.out);

@@ -77,28 +77,25 @@ Validation validate_denoiser(Denoiser& denoiser, const Dataset& dataset, const F
           denoised.empty() ? Tensor() : torch::cat(denoised)};
 }
 
-double psnr(const Tensor& a, const Tensor& b) {
-  constexpr double kPeak = 2, kEqual = 99;
-  const double error =
-      (a.to(torch::kFloat64) - b.to(torch::kFloat64)).square().mean().item<double>();
-  return error <= 0 ? kEqual : std::min(kEqual, 10 * std::log10(kPeak * kPeak / error));
+double latent_peak(const Tensor& reference) {
+  return (reference.max() - reference.min()).item<double>();
 }
 
-double mean_psnr(const Tensor& a, const Tensor& b) {
-  double sum = 0;
-  for (std::int64_t i = 0; i < a.size(0); ++i) sum += psnr(a[i], b[i]);
-  return sum / static_cast<double>(std::max<std::int64_t>(a.size(0), 1));
+double psnr(const Tensor& a, const Tensor& b, double peak) {
+  constexpr double kEqual = 99;
+  const double error =
+      (a.to(torch::kFloat64) - b.to(torch::kFloat64)).square().mean().item<double>();
+  return error <= 0 ? kEqual : std::min(kEqual, 10 * std::log10(peak * peak / error));
 }
 
 std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMethod>& methods,
-                                   std::int64_t repeats, Run& run) {
+                                   const Tensor& text, std::int64_t repeats, Run& run) {
   const torch::NoGradGuard no_grad;
   const torch::Device device = denoiser.device();
   std::vector<std::int64_t> shape = denoiser.sample_shape();
   shape.insert(shape.begin(), 1);
   const Tensor x = seeded_noise(shape, run.seed, device);
   const Tensor t = torch::full({1}, 0.5, torch::TensorOptions(device));
-  const Tensor text = denoiser.text_of_rows({denoiser.no_caption_row()});
   std::vector<std::vector<double>> steps(methods.size()), attention(methods.size());
   std::vector<std::vector<sla2::nn::Attention>> modules(methods.size());
   for (std::size_t i = 0; i < methods.size(); ++i) {

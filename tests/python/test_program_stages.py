@@ -347,7 +347,7 @@ def test_every_option_of_every_command(clips, tmp_path):
         f" --out {out['v.mp4']}",
         f"evaluate --model {out['m']} --sla2 {out['t']} --data {clips} --out {out['e']}"
         " --keeps 0.5,0.25 --ablations linear_keys,linear_scope,elu,relu,fp32 --sampling-steps 2"
-        " --guidance 2 --clips 1 --samples 2 --repeats 1",
+        " --guidance 2 --shift 3 --clips 1 --samples 2 --repeats 1",
         f"bench model --model {out['m']} --sla2 {out['t']} --repeats 1",
         f"bench op --shape 1,1,256,16 --keep 0.5 --precision bf16 --block-q 32 --block-k 32"
         f" --pass forward --implementation reference --row-seconds 0.01 --minutes 1 --no-rivals"
@@ -412,6 +412,7 @@ def test_every_option_of_every_command(clips, tmp_path):
     assert "8 frames" in sla2("info", out["m"]).stdout
     report = read("e", "report.json")
     assert report["settings"]["sampling_steps"] == 2 and report["timing"]["repeats"] == 1
+    assert report["settings"]["shift"] == 3 and report["settings"]["guidance"] == 2
     assert {m["keep"] for m in report["methods"]} == {1, 0.5, 0.25} and len(report["clips"]) == 1
     assert {m["note"] for m in report["methods"] if "note" in m} == {
         *("linear_keys", "linear_scope", "elu", "relu", "fp32")

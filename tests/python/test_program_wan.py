@@ -95,6 +95,63 @@ def test_both_stages_and_a_sample_of_latents(wan, tmp_path):
     )
 
 
+def test_evaluate_compares_latents(wan, tmp_path):
+    model, data = ["--model", wan / "model"], ["--data", wan / "data"]
+    weights, out = tmp_path / "sla2", tmp_path / "out"
+    blocks = ["--block-q", 32, "--block-k", 32]
+    done("calibrate", *model, *data, "--out", weights, "--keeps", 0.5, "--steps", 2, *blocks, *CPU)
+    command = ["evaluate", *model, *data, "--sla2", weights, "--out", out, "--keeps", "1,0.5,0.25"]
+    command += ["--sampling-steps", 2, "--clips", 2, "--samples", 2, "--repeats", 1, *CPU]
+    done(*command, "--ablations", "relu,fp32", "--shift", 3)
+    report = json.loads((out / "report.json").read_text())
+    assert report["mode"] == "latents" and report["sheet"] is None
+    assert report["model"]["grid"] == [4, 8, 12] and report["model"]["tokens"] == 384
+    assert [clip["name"] for clip in report["clips"]] == ["0", "1"]
+    assert all(clip["videos"] == [] for clip in report["clips"])
+    assert not list(out.rglob("*.mp4")) and (out / "report.html").stat().st_size > 10000
+
+    full, *others = report["methods"]
+    assert full["method"] == "full" and full["psnr_to_full_db"] is None and len(others) == 8
+    samples = {
+        path.stem: {k: v.double() for k, v in load_file(path).items()}
+        for path in (out / "samples").glob("*.safetensors")
+    }
+
+    def psnr(value, reference):
+        peak = float(reference.max() - reference.min())
+        return min(99.0, float(10 * torch.log10(peak**2 / (value - reference).square().mean())))
+
+    for value in samples["full"].values():
+        assert value.shape[-4:] == (4, *SHAPE)
+
+    for row in others:
+        assert row["val_loss"] > 0 and row["step_ms"] > 0 and row["videos"] == 2
+        name = f"sla2_{row['stage']}_{100 * row['keep']:g}"
+        name = f"sla2_{row['note']}" if "note" in row else name
+        ours = [
+            psnr(samples[name][key], samples["full"][key]) for key in ("video.0.0", "video.0.1")
+        ]
+        assert row["psnr_to_full_db"] == pytest.approx(sum(ours) / 2, abs=1e-3)
+    by_keep = {row["keep"]: row for row in others if row["stage"] == "calibrated"}
+    assert by_keep[1]["psnr_denoised_db"] > by_keep[0.25]["psnr_denoised_db"]
+    # The sample of full attention is the one that generate makes.
+    text = load_file(wan / "data" / "0.safetensors")["text"]
+    save_file({"text": text}, tmp_path / "text.safetensors")
+    made = tmp_path / "x.safetensors"
+    generate = ["generate", *model, "--text", tmp_path / "text.safetensors", "--out", made]
+    generate += ["--shape", "4,16,24", "--steps", 2, "--shift", 3, *CPU]
+    done(*generate, "--seed", 4)  # evaluate's next one
+    assert torch.equal(load_file(made)["latents"].double(), samples["full"]["video.0.0"])
+
+    done(*command, "--ablations", "relu,fp32", "--shift", 3)  # from the saved samples
+    again = json.loads((out / "report.json").read_text())["methods"]
+    assert [{**row, "step_ms": 0} for row in again] == [
+        {**row, "step_ms": 0} for row in report["methods"]
+    ]
+    error = error_of(sla2(*command, "--guidance", 2), 2)
+    assert "--guidance must be 1 for a model of latents" in error
+
+
 def test_what_latents_need_is_named(wan, clips, tmp_path):
     out, model = tmp_path / "x.safetensors", ["--model", wan / "model"]
     shape = ["--shape", "4,16,24"]
