@@ -277,7 +277,7 @@ WanTransformer load_transformer(const std::filesystem::path& folder, torch::Dtyp
   check_float(dtype);
   const WanConfig config = load_wan_config(folder);
   check_against_headers(folder, config);
-  WanTransformer model(config);
+  WanTransformer model(config, Fill::kNone);
   Tensors parameters = own_parameters(*model);
   Report report;
   std::set<std::string> loaded;
