@@ -8,6 +8,7 @@
 #include "io/files.h"
 #include "sla2/error.h"
 #include "video/compare.h"
+#include "video/demo_inputs.h"
 #include "video/report/report.h"
 
 namespace sla2::cli {
@@ -47,7 +48,7 @@ class Evaluate final : public Command {
 
   void run(Session& session) override {
     inputs_.settle({}, session.run.progress);
-    video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device);
+    video::Denoiser denoiser = inputs_.load(session.run);
     if (!denoiser.has_card && sampler_.guidance != 1) {
       throw UsageError(
           fmt::format("--guidance must be 1 for a model of latents, whose data holds no "
@@ -100,9 +101,9 @@ class Evaluate final : public Command {
   }
 
   /// A model without a card samples latents of the data's size.
-  video::Denoiser load_sized(const torch::Device& device, const video::ModelCard& size,
+  video::Denoiser load_sized(const video::Run& run, const video::ModelCard& size,
                              const std::optional<fs::path>& sla2 = std::nullopt) const {
-    video::Denoiser denoiser = video::load_denoiser(inputs_.model, device, sla2);
+    video::Denoiser denoiser = inputs_.load(run, sla2);
     denoiser.card.frames = size.frames;
     denoiser.card.height = size.height;
     denoiser.card.width = size.width;
@@ -113,14 +114,14 @@ class Evaluate final : public Command {
                                        const video::ModelCard& size) const {
     const bool tuned = fs::exists(sla2_ / "transformer" / "config.json");
     const std::string stage = tuned ? "tuned" : "calibrated", method = method_of(weights);
-    const torch::Device device = session.run.device;
-    const json identity = {
-        {"model", fs::weakly_canonical(inputs_.model).string()},
-        {"sla2", fs::weakly_canonical(sla2_).string()},
-        {"written", fs::last_write_time(sla2_ / "sla2.safetensors").time_since_epoch().count()}};
+    const video::Run& run = session.run;
+    const json identity = {{"program", video::identity_of_program()},
+                           {"model", video::contents_of_model(inputs_.model)},
+                           {"data", video::contents_of_data(inputs_.data)},
+                           {"sla2", video::contents_of_sla2(sla2_)}};
     std::vector<video::Variant> list;
     list.push_back({"full", "full", "before", 1, std::nullopt, "",
-                    [this, device, size] { return load_sized(device, size); }, identity});
+                    [this, &run, size] { return load_sized(run, size); }, identity});
     const auto add = [&](const std::string& id, double keep, const std::string& note,
                          const Config& config, bool trained) {
       video::Sla2Weights applied = weights;
@@ -129,11 +130,10 @@ class Evaluate final : public Command {
       json own = identity;
       own["config"] = io::to_json(config);
       own["trained"] = trained;
-      const auto load = [this, device, size, applied, trained] {
-        video::Denoiser denoiser =
-            trained ? load_sized(device, size, sla2_) : load_sized(device, size);
+      const auto load = [this, &run, size, applied, trained] {
+        video::Denoiser denoiser = trained ? load_sized(run, size, sla2_) : load_sized(run, size);
         video::apply_sla2(denoiser.transformer, applied);
-        denoiser.transformer->to(device);
+        denoiser.transformer->to(run.device);
         return denoiser;
       };
       list.push_back({id, method, trained ? stage : "before", keep, std::nullopt, note, load, own});

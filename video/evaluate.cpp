@@ -103,7 +103,8 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
     modules[i] = make_attention(methods[i].weights, denoiser.transformer->config(), device);
   }
   remove_sla2(denoiser.transformer);
-  run.progress.begin("timing", repeats + 1);
+  std::int64_t done = 0;  // a step of every method, then their attention, every round
+  run.progress.begin("timing", (repeats + 1) * (std::ssize(methods) + 1));
   for (std::int64_t round = 0; round <= repeats; ++round) {
     for (std::size_t i = 0; i < methods.size(); ++i) {
       run.check_stop("timing");
@@ -120,6 +121,7 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
       const double step = milliseconds(device, [&] { denoiser.velocity(x, t, text); });
       set(false);
       if (round > 0) steps[i].push_back(step);
+      run.progress.update(++done);
     }
     std::vector<double> spent(methods.size(), 0);
     denoiser.transformer->set_observer(
@@ -138,7 +140,7 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
     denoiser.velocity(x, t, text);
     denoiser.transformer->set_observer({});
     for (std::size_t i = 0; round > 0 && i < methods.size(); ++i) attention[i].push_back(spent[i]);
-    run.progress.update(round + 1);
+    run.progress.update(++done);
   }
   run.progress.end();
   std::vector<StepTime> times;

@@ -51,6 +51,26 @@ TEST(Weights, ComeBackWholeAndSharded) {
   }
 }
 
+TEST(Weights, LoadingIsWatched) {
+  class Watch final : public Progress {
+   public:
+    void begin_if_long(const std::string&, std::int64_t tensors) override { total = tensors; }
+    void update(std::int64_t done, std::optional<double>) override { reached.push_back(done); }
+    void end() override { ended = true; }
+    std::int64_t total = 0;
+    std::vector<std::int64_t> reached;
+    bool ended = false;
+  } watch;
+  WanTransformer model = small_model();
+  const TemporaryFolder folder;
+  save_transformer(folder.path(), model, torch::kFloat32, 100000);
+  load_transformer(folder.path(), torch::kFloat32, &watch);
+  EXPECT_EQ(watch.total, static_cast<std::int64_t>(model->parameters().size()));
+  EXPECT_EQ(std::ssize(watch.reached), watch.total);
+  EXPECT_EQ(watch.reached.back(), watch.total);
+  EXPECT_TRUE(watch.ended);
+}
+
 TEST(Weights, LoadingFillsNothingFirst) {
   WanTransformer model = small_model();
   const TemporaryFolder folder;
