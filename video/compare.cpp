@@ -262,6 +262,7 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
 
 void add_times(json& methods, const std::vector<StepTime>& times) {
   for (json& row : methods) {
+    if (row.contains("note")) continue;  // computed in another way
     for (const StepTime& time : times) {
       const bool same = std::abs(row["keep"].get<double>() - time.keep) < 1e-9;
       if (row["method"] == time.method && same) row["step_ms"] = time.step_ms;

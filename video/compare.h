@@ -67,7 +67,8 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
                    const Dataset& dataset, const CompareOptions& options, Run& run,
                    const std::filesystem::path& folder);
 
-/// Fills methods[].step_ms from the times of the same method and keep.
+/// Fills methods[].step_ms from the times of the same method and keep; variants with a note were
+/// not timed.
 void add_times(nlohmann::json& methods, const std::vector<StepTime>& times);
 /// The report's `timing`: steps, repeats, and the speed-ups of sla2 at `main_keep`.
 [[nodiscard]] nlohmann::json timing_json(const std::vector<StepTime>& times, double main_keep,
