@@ -58,7 +58,8 @@ class Bench final : public Command {
     } else if (what_ == "model") {
       if (sla2_.empty()) throw UsageError("bench model needs --sla2");
       settle_model(model_, sla2_, session.run.progress);
-      video::Denoiser denoiser = video::load_denoiser(model_, session.run.device, sla2_);
+      video::Denoiser denoiser =
+          video::load_denoiser(model_, session.run.device, sla2_, &session.run.progress);
       report["rows"] = print(video::bench_model(denoiser, repeats_, session.run));
     } else {
       throw UsageError(fmt::format("bench takes op or model, got \"{}\"", what_));

@@ -74,7 +74,7 @@ class Calibrate final : public Command {
     settings_.schedule =
         schedule_ == "all" ? video::KeepSchedule::kAll : video::KeepSchedule::kTurns;
     inputs_.settle({}, session.run.progress);
-    video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device);
+    video::Denoiser denoiser = inputs_.load(session.run);
     if (resume_ && method_ == "sla2") {
       require_checkpoint(out_);
     } else if (!resume_) {

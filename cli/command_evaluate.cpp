@@ -8,6 +8,7 @@
 #include "io/files.h"
 #include "sla2/error.h"
 #include "video/compare.h"
+#include "video/demo_inputs.h"
 #include "video/report/report.h"
 
 namespace sla2::cli {
@@ -35,39 +36,49 @@ class Evaluate final : public Command {
              "variants of the first keep: linear_keys, linear_scope, elu, relu, fp32")
         .one_of({"linear_keys", "linear_scope", "elu", "relu", "fp32"});
     options.add("--sampling-steps", sampler_.steps, "steps of the sampler").range(1, 1000);
-    options.add("--guidance", sampler_.guidance, "classifier-free guidance, 1: none").range(0, 100);
-    options.add("--clips", clips_, "captions to sample").range(1, 100);
+    options
+        .add("--guidance", sampler_.guidance,
+             "classifier-free guidance, 1: none (all that latents allow)")
+        .range(0, 100);
+    options.add("--shift", shift_, "of the timesteps (default: the model's)").above(0, 100);
+    options.add("--clips", clips_, "captions (of latents: files) to sample").range(1, 100);
     options.add("--samples", samples_, "of the validation loss").range(1, 1e6);
     options.add("--repeats", repeats_, "rounds of the timing").range(1, 1000);
   }
 
   void run(Session& session) override {
     inputs_.settle({}, session.run.progress);
-    video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device);
-    if (!denoiser.has_card) {
-      throw Error(inputs_.model.string() +
-                  ": has no model_card.json: its output is latents, which "
-                  "this program cannot show");
+    video::Denoiser denoiser = inputs_.load(session.run);
+    if (!denoiser.has_card && sampler_.guidance != 1) {
+      throw UsageError(
+          fmt::format("--guidance must be 1 for a model of latents, whose data holds no "
+                      "negative text, got {}",
+                      sampler_.guidance));
     }
     const video::Sla2Weights weights = video::load_sla2(sla2_);
     if (keeps_.empty()) keeps_ = {weights.config.keep};
+    if (!shift_) shift_ = denoiser.card.shift;
+    sampler_.shift = *shift_;
     const auto dataset = inputs_.open(denoiser, session.run);
     io::make_output_folder(out_);
     session.save_options(out_);
     video::CompareOptions options;
     options.sampler = sampler_;
-    options.sampler.shift = denoiser.card.shift;
+    if (denoiser.has_card) options.fps = denoiser.card.fps;
     options.flow.prediction = denoiser.prediction();
     options.validation_samples = samples_;
-    const video::Comparison comparison =
-        video::compare(variants(session, weights), rows(denoiser, *dataset, session.run.seed),
-                       *dataset, options, session.run, out_);
+    const auto compared = rows(denoiser, *dataset, session.run.seed);
+    const video::Comparison comparison = video::compare(
+        variants(session, weights, denoiser.card), compared, *dataset, options, session.run, out_);
     std::vector<video::TimedMethod> timed{{"full", 1, {}}};
     for (const double keep : keeps_) {
       timed.push_back({method_of(weights), keep, with_keep(weights, keep)});
     }
     denoiser.transformer->set_token_order(weights.order);
-    const auto times = video::time_methods(denoiser, timed, repeats_, session.run);
+    const torch::Tensor text = denoiser.has_card
+                                   ? denoiser.text_of_rows({denoiser.no_caption_row()})
+                                   : compared.front().text.unsqueeze(0).to(session.run.device);
+    const auto times = video::time_methods(denoiser, timed, text, repeats_, session.run);
     write(session, denoiser, weights, comparison, times);
   }
 
@@ -89,19 +100,28 @@ class Evaluate final : public Command {
     return config;
   }
 
-  std::vector<video::Variant> variants(const Session& session,
-                                       const video::Sla2Weights& weights) const {
+  /// A model without a card samples latents of the data's size.
+  video::Denoiser load_sized(const video::Run& run, const video::ModelCard& size,
+                             const std::optional<fs::path>& sla2 = std::nullopt) const {
+    video::Denoiser denoiser = inputs_.load(run, sla2);
+    denoiser.card.frames = size.frames;
+    denoiser.card.height = size.height;
+    denoiser.card.width = size.width;
+    return denoiser;
+  }
+
+  std::vector<video::Variant> variants(const Session& session, const video::Sla2Weights& weights,
+                                       const video::ModelCard& size) const {
     const bool tuned = fs::exists(sla2_ / "transformer" / "config.json");
     const std::string stage = tuned ? "tuned" : "calibrated", method = method_of(weights);
-    const torch::Device device = session.run.device;
-    const json identity = {
-        {"model", fs::weakly_canonical(inputs_.model).string()},
-        {"sla2", fs::weakly_canonical(sla2_).string()},
-        {"written", fs::last_write_time(sla2_ / "sla2.safetensors").time_since_epoch().count()}};
+    const video::Run& run = session.run;
+    const json identity = {{"program", video::identity_of_program()},
+                           {"model", video::contents_of_model(inputs_.model)},
+                           {"data", video::contents_of_data(inputs_.data)},
+                           {"sla2", video::contents_of_sla2(sla2_)}};
     std::vector<video::Variant> list;
     list.push_back({"full", "full", "before", 1, std::nullopt, "",
-                    [this, device] { return video::load_denoiser(inputs_.model, device); },
-                    identity});
+                    [this, &run, size] { return load_sized(run, size); }, identity});
     const auto add = [&](const std::string& id, double keep, const std::string& note,
                          const Config& config, bool trained) {
       video::Sla2Weights applied = weights;
@@ -110,11 +130,10 @@ class Evaluate final : public Command {
       json own = identity;
       own["config"] = io::to_json(config);
       own["trained"] = trained;
-      const auto load = [this, device, applied, trained] {
-        video::Denoiser denoiser = trained ? video::load_denoiser(inputs_.model, device, sla2_)
-                                           : video::load_denoiser(inputs_.model, device);
+      const auto load = [this, &run, size, applied, trained] {
+        video::Denoiser denoiser = trained ? load_sized(run, size, sla2_) : load_sized(run, size);
         video::apply_sla2(denoiser.transformer, applied);
-        denoiser.transformer->to(device);
+        denoiser.transformer->to(run.device);
         return denoiser;
       };
       list.push_back({id, method, trained ? stage : "before", keep, std::nullopt, note, load, own});
@@ -138,6 +157,11 @@ class Evaluate final : public Command {
     for (std::int64_t i = 0; i < std::ssize(dataset.names()); ++i) {
       const std::string& name = dataset.names()[static_cast<std::size_t>(i)];
       if (std::ssize(list) >= clips_) break;
+      if (!denoiser.has_card) {
+        const video::Batch sample = dataset.first_window(i);
+        list.push_back({name, name, "", seed + 1, sample.latents[0], sample.text[0]});
+        continue;
+      }
       if (std::find(captions.begin(), captions.end(), name) == captions.end()) continue;
       list.push_back({name, name, name, seed + 1,
                       video::to_model_input(dataset.first_window(i), torch::kCPU)[0]});
@@ -155,6 +179,7 @@ class Evaluate final : public Command {
       parameters += parameter.numel();
     json report = {{"schema", 1},
                    {"preset", "evaluate"},
+                   {"mode", denoiser.has_card ? "clips" : "latents"},
                    {"command", session.command_line},
                    {"machine", video::describe_machine(session.run.device)},
                    {"versions", video::describe_versions()},
@@ -163,14 +188,18 @@ class Evaluate final : public Command {
                    {"sheet", comparison.sheet},
                    {"layers", json::array()},
                    {"losses", json::object()}};
-    report["model"] = {
-        {"parameters", parameters}, {"tokens", weights.grid[0] * weights.grid[1] * weights.grid[2]},
-        {"grid", weights.grid},     {"frames", card.frames},
-        {"height", card.height},    {"width", card.width},
-        {"fps", card.fps}};
+    const auto grid = denoiser.transformer->grid(card.frames, card.height, card.width);
+    report["model"] = {{"parameters", parameters},
+                       {"tokens", grid[0] * grid[1] * grid[2]},
+                       {"grid", grid},
+                       {"frames", card.frames},
+                       {"height", card.height},
+                       {"width", card.width},
+                       {"fps", denoiser.has_card ? json(card.fps) : json()}};
     report["settings"] = {{"main_keep", keeps_.front()},       {"block_q", weights.config.block_q},
                           {"block_k", weights.config.block_k}, {"tile", weights.order.tile},
-                          {"sampling_steps", sampler_.steps},  {"seed", session.run.seed}};
+                          {"sampling_steps", sampler_.steps},  {"shift", sampler_.shift},
+                          {"guidance", sampler_.guidance},     {"seed", session.run.seed}};
     video::add_times(report["methods"], times);
     report["timing"] = video::timing_json(times, keeps_.front(), repeats_);
     video::write_report(report, nullptr, out_);
@@ -188,6 +217,7 @@ class Evaluate final : public Command {
   std::vector<double> keeps_;
   std::vector<std::string> ablations_;
   video::SamplerOptions sampler_;
+  std::optional<double> shift_;
   std::int64_t clips_ = 3, samples_ = 8, repeats_ = 5;
 };
 

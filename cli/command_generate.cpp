@@ -55,7 +55,8 @@ class Generate final : public Command {
     settle_model(model_, sla2_, session.run.progress);
     std::optional<std::filesystem::path> sla2;
     if (!sla2_.empty()) sla2 = sla2_;
-    video::Denoiser denoiser = video::load_denoiser(model_, session.run.device, sla2);
+    video::Denoiser denoiser =
+        video::load_denoiser(model_, session.run.device, sla2, &session.run.progress);
     if (to_latents == denoiser.has_card) {
       throw UsageError(denoiser.has_card
                            ? "--out must end in .mp4: the model makes pixels"
@@ -110,7 +111,11 @@ class Generate final : public Command {
     denoiser.card.frames = shape_[0];
     denoiser.card.height = shape_[1];
     denoiser.card.width = shape_[2];
-    static_cast<void>(denoiser.transformer->grid(shape_[0], shape_[1], shape_[2]));
+    try {
+      static_cast<void>(denoiser.transformer->grid(shape_[0], shape_[1], shape_[2]));
+    } catch (const Error& error) {
+      throw UsageError(fmt::format("--shape: {}", error.what()));
+    }
   }
 
   void check_prompt(const video::Denoiser& denoiser) const {

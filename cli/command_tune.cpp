@@ -62,7 +62,7 @@ class Tune final : public Command {
 
   void run(Session& session) override {
     inputs_.settle(sla2_, session.run.progress);
-    video::Denoiser denoiser = video::load_denoiser(inputs_.model, session.run.device, sla2_);
+    video::Denoiser denoiser = inputs_.load(session.run, sla2_);
     video::Sla2Weights weights = video::load_sla2(sla2_);
     weights.config.keep = keep_.value_or(weights.config.keep);
     keep_ = weights.config.keep;

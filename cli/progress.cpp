@@ -30,6 +30,21 @@ ProgressBar::ProgressBar() : terminal_(isatty(STDERR_FILENO) == 1) {}
 ProgressBar::~ProgressBar() { erase(); }
 
 void ProgressBar::begin(const std::string& task, std::int64_t total, std::int64_t first) {
+  if_long_ = false;
+  start(task, total, first);
+  if (terminal_) draw(false);  // the first step may take long
+}
+
+void ProgressBar::begin_if_long(const std::string& task, std::int64_t total) {
+  if_long_ = true;
+  start(task, total, 0);
+}
+
+bool ProgressBar::hidden() const {
+  return if_long_ && Clock::now() - start_ < std::chrono::seconds(1);
+}
+
+void ProgressBar::start(const std::string& task, std::int64_t total, std::int64_t first) {
   task_ = task;
   total_ = std::max<std::int64_t>(total, 1);
   first_ = done_ = first;
@@ -44,14 +59,14 @@ void ProgressBar::update(std::int64_t done, std::optional<double> loss) {
   if (loss) loss_ = loss;
   const auto interval = terminal_ ? std::chrono::milliseconds(100) : std::chrono::seconds(5);
   const auto now = Clock::now();
-  if (now - last_ < interval) return;
+  if (now - last_ < interval || hidden()) return;
   last_ = now;
   draw(false);
 }
 
 void ProgressBar::end() {
   if (!active_) return;
-  draw(true);
+  if (!hidden()) draw(true);
   active_ = false;
 }
 

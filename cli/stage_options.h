@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -78,6 +79,12 @@ struct StageInputs {
   }
   void settle_data() {
     if (data.empty()) data = video::default_clips();
+  }
+
+  [[nodiscard]] video::Denoiser load(
+      const video::Run& run,
+      const std::optional<std::filesystem::path>& sla2 = std::nullopt) const {
+    return video::load_denoiser(model, run.device, sla2, &run.progress);
   }
 
   /// Latents give a model without a card (Wan's own) the size of its samples.

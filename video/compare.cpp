@@ -51,8 +51,11 @@ json identity_of(const Variant& variant, const std::vector<ComparedClip>& clips,
                    {"validation_samples", options.validation_samples},
                    {"seed", run.seed}};
   for (const ComparedClip& clip : clips) {
+    const auto sum = [](const Tensor& tensor) {
+      return tensor.defined() ? json(tensor.sum(torch::kFloat64).item<double>()) : json();
+    };
     identity["clips"].push_back(
-        {clip.name, clip.prompt, clip.seed, clip.source.sum(torch::kFloat64).item<double>()});
+        {clip.name, clip.prompt, clip.seed, sum(clip.source), sum(clip.text)});
   }
   return identity;
 }
@@ -70,6 +73,49 @@ std::optional<VariantResult> read_result(const fs::path& base, const json& ident
   return result;
 }
 
+double psnr_of(const Tensor& value, const Tensor& reference, const CompareOptions& options) {
+  return psnr(value, reference, options.fps ? kPixelPeak : latent_peak(reference));
+}
+
+/// Over the samples of a batch.
+double mean_psnr(const Tensor& values, const Tensor& references, const CompareOptions& options) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < values.size(0); ++i) {
+    sum += psnr_of(values[i], references[i], options);
+  }
+  return sum / static_cast<double>(std::max<std::int64_t>(values.size(0), 1));
+}
+
+/// The rows of the report's clips with what is shown before any model's work.
+json start_clips(const std::vector<ComparedClip>& clips, const CompareOptions& options,
+                 const fs::path& folder, std::vector<std::vector<Tensor>>& sheet) {
+  json list = json::array();
+  for (const ComparedClip& clip : clips) {
+    json row = {
+        {"name", clip.name}, {"title", clip.title}, {"seed", clip.seed}, {"videos", json::array()}};
+    if (options.fps) {
+      const std::string file = video_file(clip, "source");
+      io::write_mp4(folder / file, to_frames(clip.source, *options.fps));
+      row["videos"].push_back(
+          {{"column", "source"}, {"keep", nullptr}, {"file", file}, {"cell", 0}});
+      sheet[list.size()].push_back(clip.source.to(torch::kCPU, torch::kFloat32));
+    }
+    list.push_back(std::move(row));
+  }
+  return list;
+}
+
+/// One video of all rows; null without videos.
+json write_sheet(const std::vector<std::vector<Tensor>>& sheet, const CompareOptions& options,
+                 const fs::path& folder) {
+  if (!options.fps) return nullptr;
+  const std::string file = "videos/sheet.mp4";
+  std::vector<Tensor> rows;
+  for (const auto& row : sheet) rows.push_back(torch::cat(row, 3));
+  io::write_mp4(folder / file, to_frames(torch::cat(rows, 2), *options.fps));
+  return {{"file", file}, {"columns", sheet.front().size()}, {"rows", sheet.size()}};
+}
+
 void sample_videos(const Variant& variant, Denoiser& denoiser,
                    const std::vector<ComparedClip>& clips, const CompareOptions& options, Run& run,
                    const fs::path& folder, VariantResult& result) {
@@ -79,15 +125,15 @@ void sample_videos(const Variant& variant, Denoiser& denoiser,
                               .seed = clip.seed + number,
                               .sampler = options.sampler,
                               .source = {},
-                              .text = {},
+                              .text = clip.text,
                               .negative_text = {}};
       if (options.sampler.from_t < 1) request.source = clip.source;
       const Generated made =
           generate(denoiser, request, run,
                    fmt::format("{}: {}, seed {}", variant.id, clip.name, request.seed));
       result.videos[video_key(clip, number)] = made.x.clone();
-      if (number > 0) continue;
-      io::write_mp4(folder / video_file(clip, variant.id), to_frames(made.x, denoiser.card.fps));
+      if (number > 0 || !options.fps) continue;
+      io::write_mp4(folder / video_file(clip, variant.id), to_frames(made.x, *options.fps));
     }
   }
 }
@@ -112,7 +158,7 @@ VariantResult make_result(const Variant& variant, const VariantResult* reference
   if (reference == nullptr) {
     result.denoised = tensors[kDenoisedKey] = validation.denoised;
   } else {
-    result.denoised_db = mean_psnr(validation.denoised, reference->denoised);
+    result.denoised_db = mean_psnr(validation.denoised, reference->denoised, options);
   }
   save_tensors(base.string() + ".safetensors", tensors);
   io::write_file(base.string() + ".json", json{{"identity", std::move(identity)},
@@ -160,21 +206,11 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
                    const Dataset& dataset, const CompareOptions& options, Run& run,
                    const fs::path& folder) {
   if (variants.empty() || clips.empty()) throw Error("nothing to compare: no variant or no clip");
-  io::make_output_folder(folder / "videos");
+  if (options.fps) io::make_output_folder(folder / "videos");
   io::make_output_folder(folder / "samples");
-  Comparison result{json::array(), json::array(), json::object()};
+  Comparison result{json::array(), json::array(), nullptr};
   std::vector<std::vector<Tensor>> sheet(clips.size());  // rows of what is shown
-  const double fps = variants.front().load().card.fps;
-  for (const ComparedClip& clip : clips) {
-    const std::string file = video_file(clip, "source");
-    io::write_mp4(folder / file, to_frames(clip.source, fps));
-    result.clips.push_back(
-        {{"name", clip.name},
-         {"title", clip.title},
-         {"seed", clip.seed},
-         {"videos", {{{"column", "source"}, {"keep", nullptr}, {"file", file}, {"cell", 0}}}}});
-    sheet[result.clips.size() - 1].push_back(clip.source.to(torch::kCPU, torch::kFloat32));
-  }
+  result.clips = start_clips(clips, options, folder, sheet);
   std::optional<VariantResult> reference;
   json reference_identity;
   for (const Variant& variant : variants) {
@@ -192,10 +228,10 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
       std::vector<double> ratios;
       for (std::int64_t number = 0; reference && number < variant.seeds; ++number) {
         const std::string key = video_key(clip, number);
-        ratios.push_back(psnr(made.videos.at(key), reference->videos.at(key)));
+        ratios.push_back(psnr_of(made.videos.at(key), reference->videos.at(key), options));
         sum += ratios.back();
       }
-      if (variant.seeds == 0) continue;
+      if (variant.seeds == 0 || !options.fps) continue;
       result.clips[i]["videos"].push_back({{"column", variant.id},
                                            {"method", variant.method},
                                            {"stage", variant.stage},
@@ -220,16 +256,13 @@ Comparison compare(const std::vector<Variant>& variants, const std::vector<Compa
     if (!variant.note.empty()) result.methods.back()["note"] = variant.note;
     if (!reference) reference = std::move(made);
   }
-  result.sheet = {
-      {"file", "videos/sheet.mp4"}, {"columns", sheet.front().size()}, {"rows", sheet.size()}};
-  std::vector<Tensor> rows;
-  for (const auto& row : sheet) rows.push_back(torch::cat(row, 3));
-  io::write_mp4(folder / "videos" / "sheet.mp4", to_frames(torch::cat(rows, 2), fps));
+  result.sheet = write_sheet(sheet, options, folder);
   return result;
 }
 
 void add_times(json& methods, const std::vector<StepTime>& times) {
   for (json& row : methods) {
+    if (row.contains("note")) continue;  // computed in another way
     for (const StepTime& time : times) {
       const bool same = std::abs(row["keep"].get<double>() - time.keep) < 1e-9;
       if (row["method"] == time.method && same) row["step_ms"] = time.step_ms;

@@ -1,6 +1,7 @@
 #include "video/data.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -134,7 +135,7 @@ void open_clip(Clip& clip, const DataOptions& options, std::int64_t budget) {
 
 void open_clips(std::vector<Clip>& clips, const DataOptions& options, const Run& run) {
   const std::int64_t budget = options.cache_bytes / static_cast<std::int64_t>(clips.size());
-  std::atomic<std::size_t> next{0};
+  std::atomic<std::size_t> next{0}, done{0};
   const std::size_t workers =
       std::clamp<std::size_t>(std::thread::hardware_concurrency(), 1, clips.size());
   std::vector<std::thread> threads;
@@ -142,10 +143,17 @@ void open_clips(std::vector<Clip>& clips, const DataOptions& options, const Run&
     threads.emplace_back([&] {
       for (std::size_t i = next++; i < clips.size() && !run.stop_requested(); i = next++) {
         open_clip(clips[i], options, budget);
+        ++done;
       }
     });
   }
+  run.progress.begin_if_long("reading clips", std::ssize(clips));
+  while (done < clips.size() && !run.stop_requested()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    run.progress.update(static_cast<std::int64_t>(done.load()));
+  }
   for (std::thread& thread : threads) thread.join();
+  run.progress.end();
   run.check_stop("reading clips");
 }
 

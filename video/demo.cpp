@@ -70,7 +70,9 @@ class Demo {
     for (const fs::path& path : options_.train_inputs) identity.push_back(identity_of_file(path));
     return identity;
   }
-  Denoiser load() const { return load_denoiser(model_, run_.device); }
+  Denoiser load(const std::optional<fs::path>& sla2 = std::nullopt) const {
+    return load_denoiser(model_, run_.device, sla2, &run_.progress);
+  }
   Config config(Method method, double keep) const {
     Config config;
     config.method = method;
@@ -256,10 +258,10 @@ std::vector<Variant> Demo::variants() const {
   add("sla2", "calibrated", keep, options_.stage1_steps, 1, one,
       [=, this] { return with(calibrated(keep)); });
   add("sla2", "tuned", keep, sla_steps(), seeds, stage2_.at("identity"),
-      [this] { return load_denoiser(model_, run_.device, options_.out / "stage2_sla2"); });
+      [this] { return load(options_.out / "stage2_sla2"); });
   add("sla", "before", keep, 0, 0, nullptr, [=] { return fresh(Method::kSla, keep); });
   add("sla", "tuned", keep, sla_steps(), seeds, sla_.at("identity"),
-      [this] { return load_denoiser(model_, run_.device, options_.out / "stage2_sla"); });
+      [this] { return load(options_.out / "stage2_sla"); });
   for (std::size_t i = 1; i < options_.keeps.size(); ++i) {
     const double less = options_.keeps[i];
     add("sla2", "calibrated", less, options_.stage1_steps, 1, one,
@@ -310,7 +312,8 @@ std::vector<StepTime> Demo::times() {
   for (const double keep : options_.keeps) methods.push_back({"sla2", keep, calibrated(keep)});
   methods.push_back({"sla", main_keep(),
                      start_weights(denoiser, config(Method::kSla, main_keep()), TokenOrder{})});
-  return time_methods(denoiser, methods, options_.repeats, run_);
+  return time_methods(denoiser, methods, denoiser.text_of_rows({denoiser.no_caption_row()}),
+                      options_.repeats, run_);
 }
 
 json Demo::report(const Comparison& comparison, const std::vector<StepTime>& times) {
@@ -439,12 +442,13 @@ json Demo::run() {
   options.validation_samples = options_.validation_samples;
   options.sampler.steps = options_.sampling_steps;
   options.sampler.shift = denoiser.card.shift;
+  options.fps = denoiser.card.fps;
   options.sampler.from_t = options_.own_inputs.empty() ? 1.0 : options_.from_t;
   const Comparison comparison = timed("videos and validation", [&] {
     return compare(variants(), rows, *dataset_, options, run_, options_.out);
   });
   const std::vector<StepTime> measured = timed("timing", [&] { return times(); });
-  Denoiser tuned = load_denoiser(model_, run_.device, options_.out / "stage2_sla2");
+  Denoiser tuned = load(options_.out / "stage2_sla2");
   const json map =
       timed("routing map", [&] { return routing_map(tuned, *dataset_, 0, 0.3, run_); });
   const json result = report(comparison, measured);

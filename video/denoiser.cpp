@@ -46,7 +46,7 @@ torch::Tensor Denoiser::velocity(const torch::Tensor& x_t, const torch::Tensor& 
 }
 
 Denoiser load_denoiser(const fs::path& model, const torch::Device& device,
-                       const std::optional<fs::path>& sla2) {
+                       const std::optional<fs::path>& sla2, Progress* progress) {
   Denoiser denoiser;
   fs::path weights = model;
   std::error_code error;
@@ -54,7 +54,7 @@ Denoiser load_denoiser(const fs::path& model, const torch::Device& device,
     weights = *sla2 / "transformer";
     check_same_save(*sla2);
   }
-  denoiser.transformer = load_transformer(weights);
+  denoiser.transformer = load_transformer(weights, torch::kFloat32, progress);
   const fs::path card = has_model_card(weights) ? weights : model;
   denoiser.has_card = has_model_card(card);
   if (denoiser.has_card) {

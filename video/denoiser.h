@@ -37,9 +37,10 @@ struct Denoiser {
 };
 
 /// Loads MODEL and, if given, the SLA2 weights of `sla2` (whose transformer/ replaces the model's
-/// weights when it is there). Throws sla2::Error.
+/// weights when it is there). `progress` may be null. Throws sla2::Error.
 Denoiser load_denoiser(const std::filesystem::path& model, const torch::Device& device,
-                       const std::optional<std::filesystem::path>& sla2 = std::nullopt);
+                       const std::optional<std::filesystem::path>& sla2 = std::nullopt,
+                       Progress* progress = nullptr);
 
 /// The model's view of one batch: timesteps, noise and caption dropout are drawn from (seed, step,
 /// micro). Clips whose name is not in the table go without a caption.

@@ -77,28 +77,25 @@ Validation validate_denoiser(Denoiser& denoiser, const Dataset& dataset, const F
           denoised.empty() ? Tensor() : torch::cat(denoised)};
 }
 
-double psnr(const Tensor& a, const Tensor& b) {
-  constexpr double kPeak = 2, kEqual = 99;
-  const double error =
-      (a.to(torch::kFloat64) - b.to(torch::kFloat64)).square().mean().item<double>();
-  return error <= 0 ? kEqual : std::min(kEqual, 10 * std::log10(kPeak * kPeak / error));
+double latent_peak(const Tensor& reference) {
+  return (reference.max() - reference.min()).item<double>();
 }
 
-double mean_psnr(const Tensor& a, const Tensor& b) {
-  double sum = 0;
-  for (std::int64_t i = 0; i < a.size(0); ++i) sum += psnr(a[i], b[i]);
-  return sum / static_cast<double>(std::max<std::int64_t>(a.size(0), 1));
+double psnr(const Tensor& a, const Tensor& b, double peak) {
+  constexpr double kEqual = 99;
+  const double error =
+      (a.to(torch::kFloat64) - b.to(torch::kFloat64)).square().mean().item<double>();
+  return error <= 0 ? kEqual : std::min(kEqual, 10 * std::log10(peak * peak / error));
 }
 
 std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMethod>& methods,
-                                   std::int64_t repeats, Run& run) {
+                                   const Tensor& text, std::int64_t repeats, Run& run) {
   const torch::NoGradGuard no_grad;
   const torch::Device device = denoiser.device();
   std::vector<std::int64_t> shape = denoiser.sample_shape();
   shape.insert(shape.begin(), 1);
   const Tensor x = seeded_noise(shape, run.seed, device);
   const Tensor t = torch::full({1}, 0.5, torch::TensorOptions(device));
-  const Tensor text = denoiser.text_of_rows({denoiser.no_caption_row()});
   std::vector<std::vector<double>> steps(methods.size()), attention(methods.size());
   std::vector<std::vector<sla2::nn::Attention>> modules(methods.size());
   for (std::size_t i = 0; i < methods.size(); ++i) {
@@ -106,7 +103,8 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
     modules[i] = make_attention(methods[i].weights, denoiser.transformer->config(), device);
   }
   remove_sla2(denoiser.transformer);
-  run.progress.begin("timing", repeats + 1);
+  std::int64_t done = 0;  // a step of every method, then their attention, every round
+  run.progress.begin("timing", (repeats + 1) * (std::ssize(methods) + 1));
   for (std::int64_t round = 0; round <= repeats; ++round) {
     for (std::size_t i = 0; i < methods.size(); ++i) {
       run.check_stop("timing");
@@ -123,6 +121,7 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
       const double step = milliseconds(device, [&] { denoiser.velocity(x, t, text); });
       set(false);
       if (round > 0) steps[i].push_back(step);
+      run.progress.update(++done);
     }
     std::vector<double> spent(methods.size(), 0);
     denoiser.transformer->set_observer(
@@ -141,7 +140,7 @@ std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMe
     denoiser.velocity(x, t, text);
     denoiser.transformer->set_observer({});
     for (std::size_t i = 0; round > 0 && i < methods.size(); ++i) attention[i].push_back(spent[i]);
-    run.progress.update(round + 1);
+    run.progress.update(++done);
   }
   run.progress.end();
   std::vector<StepTime> times;

@@ -24,10 +24,12 @@ struct Validation {
 Validation validate_denoiser(Denoiser& denoiser, const Dataset& dataset, const FlowOptions& flow,
                              std::int64_t samples, const std::string& task, Run& run);
 
-/// Peak signal to noise ratio in dB of two videos in [-1, 1]; 99 for equal ones.
-double psnr(const torch::Tensor& a, const torch::Tensor& b);
-/// Mean of psnr(a[i], b[i]).
-double mean_psnr(const torch::Tensor& a, const torch::Tensor& b);
+/// The range of pixels in [-1, 1].
+inline constexpr double kPixelPeak = 2;
+/// Latents have no range of their own: from the smallest to the largest number of `reference`.
+double latent_peak(const torch::Tensor& reference);
+/// Peak signal to noise ratio in dB; 99 for equal tensors.
+double psnr(const torch::Tensor& a, const torch::Tensor& b, double peak = kPixelPeak);
 
 /// One kind of attention to time.
 struct TimedMethod {
@@ -43,9 +45,9 @@ struct StepTime {
 };
 
 /// Times `methods` in turns, `repeats` rounds after one warm-up, on the denoiser's model, which is
-/// left with full attention.
+/// left with full attention. `text` is [1, L, text_dim].
 std::vector<StepTime> time_methods(Denoiser& denoiser, const std::vector<TimedMethod>& methods,
-                                   std::int64_t repeats, Run& run);
+                                   const torch::Tensor& text, std::int64_t repeats, Run& run);
 [[nodiscard]] nlohmann::json to_json(const std::vector<StepTime>& times);
 
 /// Processor, cores, threads, memory, this process's peak so far, GPU, chosen kernels; and versions

@@ -117,8 +117,11 @@ std::unique_ptr<Dataset> open_latents(const std::vector<fs::path>& files, const 
   std::vector<fs::path> usable;
   Sample first;
   std::string last;
+  std::int64_t read = 0;
+  run.progress.begin_if_long("reading latents", std::ssize(files));
   for (const fs::path& file : files) {
     run.check_stop("reading latents");
+    run.progress.update(read++);
     try {
       Sample sample = load_sample(file);
       if (usable.empty()) {
@@ -135,6 +138,8 @@ std::unique_ptr<Dataset> open_latents(const std::vector<fs::path>& files, const 
       run.progress.note("skipped " + last);
     }
   }
+  run.progress.update(read);
+  run.progress.end();
   if (usable.empty()) {
     throw Error(ErrorKind::kRuntime,
                 fmt::format("none of {} file(s) of latents can be used; the last one: {}",

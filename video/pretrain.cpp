@@ -31,7 +31,7 @@ std::vector<std::string> captions_of(const Dataset& dataset) {
 
 /// The model that training goes on from: what it predicts and its captions stay.
 Denoiser known_denoiser(const PretrainOptions& options, const Dataset& dataset, const Run& run) {
-  Denoiser denoiser = load_denoiser(options.from, run.device);
+  Denoiser denoiser = load_denoiser(options.from, run.device, std::nullopt, &run.progress);
   const std::string where = options.from.string();
   if (!denoiser.has_card) {
     throw Error(

@@ -24,6 +24,8 @@ class Progress {
   /// A task of `total` steps starts; `first` of them were done in an earlier run.
   virtual void begin(const std::string& /*task*/, std::int64_t /*total*/,
                      std::int64_t /*first*/ = 0) {}
+  /// The same for what large inputs make last and small ones do not: shown after a second.
+  virtual void begin_if_long(const std::string& /*task*/, std::int64_t /*total*/) {}
   /// `done` steps are done; cheap, may be called after every step.
   virtual void update(std::int64_t /*done*/, std::optional<double> /*loss*/ = std::nullopt) {}
   virtual void end() {}

@@ -13,8 +13,8 @@ namespace {
 /// A module that only gives its children a place in the path of names.
 class GroupImpl : public torch::nn::Module {
  public:
-  torch::nn::Linear add_linear(const std::string& name, std::int64_t in, std::int64_t out) {
-    return register_module(name, torch::nn::Linear(in, out));
+  Affine add_linear(const std::string& name, std::int64_t in, std::int64_t out, Fill fill) {
+    return register_module(name, Affine(std::vector{out, in}, fill));
   }
 };
 TORCH_MODULE(Group);
@@ -76,13 +76,14 @@ torch::Tensor RmsNormImpl::forward(const torch::Tensor& x) {
   return torch::rms_norm(x.to(torch::kFloat32), {x.size(-1)}, weight_.to(torch::kFloat32), eps_);
 }
 
-WanAttentionImpl::WanAttentionImpl(const WanConfig& config)
+WanAttentionImpl::WanAttentionImpl(const WanConfig& config, Fill fill)
     : num_heads_(config.num_attention_heads) {
   const std::int64_t dim = config.dim();
-  to_q_ = register_module("to_q", torch::nn::Linear(dim, dim));
-  to_k_ = register_module("to_k", torch::nn::Linear(dim, dim));
-  to_v_ = register_module("to_v", torch::nn::Linear(dim, dim));
-  to_out_ = register_module("to_out", torch::nn::ModuleList(torch::nn::Linear(dim, dim)));
+  const std::vector square{dim, dim};
+  to_q_ = register_module("to_q", Affine(square, fill));
+  to_k_ = register_module("to_k", Affine(square, fill));
+  to_v_ = register_module("to_v", Affine(square, fill));
+  to_out_ = register_module("to_out", torch::nn::ModuleList(Affine(square, fill)));
   norm_q_ = register_module("norm_q", RmsNorm(dim, config.eps));
   norm_k_ = register_module("norm_k", RmsNorm(dim, config.eps));
 }
@@ -92,7 +93,7 @@ void WanAttentionImpl::set_sparse(const sla2::nn::Attention& attention) {
   sparse_ = attention;
   if (!sparse_.is_empty()) {
     register_module("sla2", sparse_);
-    sparse_->to(to_q_->weight.device());
+    sparse_->to(to_q_->weight().device());
   }
 }
 
@@ -101,7 +102,7 @@ torch::Tensor WanAttentionImpl::split_heads(const torch::Tensor& x) const {
 }
 
 torch::Tensor WanAttentionImpl::project_out(const torch::Tensor& heads) {
-  return to_out_->at<torch::nn::LinearImpl>(0).forward(heads.transpose(1, 2).flatten(2));
+  return to_out_->at<AffineImpl>(0).forward(heads.transpose(1, 2).flatten(2));
 }
 
 torch::Tensor WanAttentionImpl::self_attention(const torch::Tensor& x, const torch::Tensor& rotary,
@@ -132,24 +133,23 @@ torch::Tensor WanAttentionImpl::cross_attention(const torch::Tensor& x, const to
       at::scaled_dot_product_attention(heads(norm_q_(to_q_(x))), heads(norm_k_(to_k_(text))), v));
 }
 
-WanBlockImpl::WanBlockImpl(const WanConfig& config) : eps_(config.eps) {
+WanBlockImpl::WanBlockImpl(const WanConfig& config, Fill fill) : eps_(config.eps) {
   const std::int64_t dim = config.dim();
-  attn1 = register_module("attn1", WanAttention(config));
-  attn2_ = register_module("attn2", WanAttention(config));
+  attn1 = register_module("attn1", WanAttention(config, fill));
+  attn2_ = register_module("attn2", WanAttention(config, fill));
   if (config.cross_attn_norm) {
     norm2_ = register_module(
         "norm2", torch::nn::LayerNorm(torch::nn::LayerNormOptions({dim}).eps(config.eps)));
   }
   Group first;
-  ffn_in_ = first->add_linear("proj", dim, config.ffn_dim);
-  ffn_out_ = torch::nn::Linear(config.ffn_dim, dim);
+  ffn_in_ = first->add_linear("proj", dim, config.ffn_dim, fill);
+  ffn_out_ = Affine(std::vector{dim, config.ffn_dim}, fill);
   torch::nn::ModuleList net;
   net->push_back(first);
   net->push_back(torch::nn::Identity());  // diffusers counts a dropout here
   net->push_back(ffn_out_);
   register_module("ffn", Group())->register_module("net", net);
-  scale_shift_table_ = register_parameter(
-      "scale_shift_table", torch::randn({1, 6, dim}) / std::sqrt(static_cast<double>(dim)));
+  scale_shift_table_ = register_parameter("scale_shift_table", new_table(6, dim, fill));
 }
 
 torch::Tensor WanBlockImpl::forward(const torch::Tensor& x, const torch::Tensor& text,
@@ -183,24 +183,25 @@ torch::Tensor WanBlockImpl::forward(const torch::Tensor& x, const torch::Tensor&
   return add_gated(hidden, from_ffn, gate3);
 }
 
-ConditionEmbedderImpl::ConditionEmbedderImpl(const WanConfig& config) : freq_dim_(config.freq_dim) {
+ConditionEmbedderImpl::ConditionEmbedderImpl(const WanConfig& config, Fill fill)
+    : freq_dim_(config.freq_dim) {
   const std::int64_t dim = config.dim();
   Group time = register_module("time_embedder", Group());
-  time_in_ = time->add_linear("linear_1", freq_dim_, dim);
-  time_out_ = time->add_linear("linear_2", dim, dim);
-  time_proj_ = register_module("time_proj", torch::nn::Linear(dim, 6 * dim));
+  time_in_ = time->add_linear("linear_1", freq_dim_, dim, fill);
+  time_out_ = time->add_linear("linear_2", dim, dim, fill);
+  time_proj_ = register_module("time_proj", Affine(std::vector{6 * dim, dim}, fill));
   Group text = register_module("text_embedder", Group());
-  text_in_ = text->add_linear("linear_1", config.text_dim, dim);
-  text_out_ = text->add_linear("linear_2", dim, dim);
+  text_in_ = text->add_linear("linear_1", config.text_dim, dim, fill);
+  text_out_ = text->add_linear("linear_2", dim, dim, fill);
 }
 
 std::pair<torch::Tensor, torch::Tensor> ConditionEmbedderImpl::embed_time(
     const torch::Tensor& timestep) {
   const WithoutAutocast exact(timestep.device().type());
   const torch::Tensor features =
-      timestep_features(timestep, freq_dim_).to(time_in_->weight.scalar_type());
+      timestep_features(timestep, freq_dim_).to(time_in_->weight().scalar_type());
   const torch::Tensor embedding =
-      time_out_(torch::silu(time_in_(features))).to(time_proj_->weight.scalar_type());
+      time_out_(torch::silu(time_in_(features))).to(time_proj_->weight().scalar_type());
   return {embedding, time_proj_(torch::silu(embedding)).unflatten(1, {6, embedding.size(1)})};
 }
 

@@ -9,6 +9,7 @@
 
 #include <torch/torch.h>
 
+#include "video/affine.h"
 #include "video/attention.h"
 #include "video/wan_transformer.h"
 
@@ -50,7 +51,7 @@ TORCH_MODULE(RmsNorm);
 
 class WanAttentionImpl : public torch::nn::Module {
  public:
-  explicit WanAttentionImpl(const WanConfig& config);
+  WanAttentionImpl(const WanConfig& config, Fill fill);
   /// x [B, N, dim], rotary [N, 1, D / 2] -> [B, N, dim].
   torch::Tensor self_attention(const torch::Tensor& x, const torch::Tensor& rotary,
                                const BlockWatch& watch);
@@ -66,7 +67,7 @@ class WanAttentionImpl : public torch::nn::Module {
   torch::Tensor project_out(const torch::Tensor& heads);
 
   std::int64_t num_heads_;
-  torch::nn::Linear to_q_{nullptr}, to_k_{nullptr}, to_v_{nullptr};
+  Affine to_q_{nullptr}, to_k_{nullptr}, to_v_{nullptr};
   torch::nn::ModuleList to_out_;
   RmsNorm norm_q_{nullptr}, norm_k_{nullptr};
   sla2::nn::Attention sparse_{nullptr};
@@ -75,7 +76,7 @@ TORCH_MODULE(WanAttention);
 
 class WanBlockImpl : public torch::nn::Module {
  public:
-  explicit WanBlockImpl(const WanConfig& config);
+  WanBlockImpl(const WanConfig& config, Fill fill);
   /// x [B, N, dim], text [B, L, dim], modulation [B, 6, dim], rotary [N, 1, D / 2] -> [B, N, dim].
   torch::Tensor forward(const torch::Tensor& x, const torch::Tensor& text,
                         const torch::Tensor& modulation, const torch::Tensor& rotary,
@@ -86,14 +87,14 @@ class WanBlockImpl : public torch::nn::Module {
   double eps_;
   WanAttention attn2_{nullptr};
   torch::nn::LayerNorm norm2_{nullptr};  // empty without cross_attn_norm
-  torch::nn::Linear ffn_in_{nullptr}, ffn_out_{nullptr};
+  Affine ffn_in_{nullptr}, ffn_out_{nullptr};
   torch::Tensor scale_shift_table_;  // [1, 6, dim]
 };
 TORCH_MODULE(WanBlock);
 
 class ConditionEmbedderImpl : public torch::nn::Module {
  public:
-  explicit ConditionEmbedderImpl(const WanConfig& config);
+  ConditionEmbedderImpl(const WanConfig& config, Fill fill);
   /// timestep [B] -> (embedding [B, dim], modulation [B, 6, dim]), outside autocast, as Wan's own
   /// code.
   std::pair<torch::Tensor, torch::Tensor> embed_time(const torch::Tensor& timestep);
@@ -102,8 +103,8 @@ class ConditionEmbedderImpl : public torch::nn::Module {
 
  private:
   std::int64_t freq_dim_;
-  torch::nn::Linear time_in_{nullptr}, time_out_{nullptr}, time_proj_{nullptr};
-  torch::nn::Linear text_in_{nullptr}, text_out_{nullptr};
+  Affine time_in_{nullptr}, time_out_{nullptr}, time_proj_{nullptr};
+  Affine text_in_{nullptr}, text_out_{nullptr};
 };
 TORCH_MODULE(ConditionEmbedder);
 

@@ -47,10 +47,10 @@ torch::Tensor unpatchify(const torch::Tensor& tokens, const Grid& grid, const Gr
 
 struct WanTransformerImpl::State {
   WanConfig config;
-  torch::nn::Conv3d patch_embedding{nullptr};
+  Affine patch_embedding{nullptr};  // of a convolution whose windows do not overlap
   ConditionEmbedder condition_embedder{nullptr};
   torch::nn::ModuleList blocks;
-  torch::nn::Linear proj_out{nullptr};
+  Affine proj_out{nullptr};
   torch::Tensor scale_shift_table;  // [1, 2, dim]
 
   TokenOrder order{.kind = TokenOrderKind::kRaster};
@@ -110,7 +110,7 @@ void WanTransformerImpl::State::check_inputs(const torch::Tensor& x, const torch
   }
 }
 
-WanTransformerImpl::WanTransformerImpl(const WanConfig& config)
+WanTransformerImpl::WanTransformerImpl(const WanConfig& config, Fill fill)
     : state_(std::make_shared<State>()) {
   io::validate(config);
   State& state = *state_;
@@ -118,18 +118,17 @@ WanTransformerImpl::WanTransformerImpl(const WanConfig& config)
   const auto& patch = config.patch_size;
   state.config = config;
   state.patch_embedding = register_module(
-      "patch_embedding", torch::nn::Conv3d(torch::nn::Conv3dOptions(config.in_channels, dim,
-                                                                    {patch[0], patch[1], patch[2]})
-                                               .stride({patch[0], patch[1], patch[2]})));
-  state.condition_embedder = register_module("condition_embedder", ConditionEmbedder(config));
+      "patch_embedding",
+      Affine(std::vector{dim, config.in_channels, patch[0], patch[1], patch[2]}, fill));
+  state.condition_embedder = register_module("condition_embedder", ConditionEmbedder(config, fill));
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
-    state.blocks->push_back(WanBlock(config));
+    state.blocks->push_back(WanBlock(config, fill));
   }
   register_module("blocks", state.blocks);
   state.proj_out = register_module(
-      "proj_out", torch::nn::Linear(dim, config.out_channels * patch[0] * patch[1] * patch[2]));
-  state.scale_shift_table = register_parameter(
-      "scale_shift_table", torch::randn({1, 2, dim}) / std::sqrt(static_cast<double>(dim)));
+      "proj_out",
+      Affine(std::vector{config.out_channels * patch[0] * patch[1] * patch[2], dim}, fill));
+  state.scale_shift_table = register_parameter("scale_shift_table", new_table(2, dim, fill));
 }
 
 torch::Tensor WanTransformerImpl::forward(const torch::Tensor& x, const torch::Tensor& timestep,
@@ -144,12 +143,10 @@ torch::Tensor WanTransformerImpl::forward(const torch::Tensor& x, const torch::T
     return autocast ? t : t.to(weight.scalar_type());
   };
 
-  // The convolution's windows do not overlap: it is a linear map of each patch.
   torch::Tensor patches = patchify(x, tokens_grid, state.config.patch_size);
   if (layout.permutation.defined()) patches = patches.index_select(1, layout.permutation);
-  const torch::Tensor& weight = state.patch_embedding->weight;
-  torch::Tensor hidden =
-      torch::linear(typed(patches, weight), weight.flatten(1), state.patch_embedding->bias);
+  const torch::Tensor& weight = state.patch_embedding->weight();
+  torch::Tensor hidden = state.patch_embedding(typed(patches, weight));
   state.check("patch_embedding", hidden);
 
   const auto [embedding, modulation] = state.condition_embedder->embed_time(timestep);

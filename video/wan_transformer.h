@@ -12,6 +12,7 @@
 #include <torch/torch.h>
 
 #include "io/model_files.h"
+#include "video/affine.h"
 #include "video/attention.h"
 #include "video/token_order.h"
 
@@ -28,7 +29,7 @@ using SelfAttentionObserver = std::function<torch::Tensor(
 
 class WanTransformerImpl : public torch::nn::Module {
  public:
-  explicit WanTransformerImpl(const WanConfig& config);
+  explicit WanTransformerImpl(const WanConfig& config, Fill fill = Fill::kRandom);
 
   /// x [B, C, F, H, W], timestep [B] in [0, 1000], text [B, L, text_dim] -> [B, out_channels, F, H,
   /// W].

@@ -273,14 +273,18 @@ WanConfig load_wan_config(const std::filesystem::path& folder) {
   return io::wan_config_from_json(io::read_json(path), path.string());
 }
 
-WanTransformer load_transformer(const std::filesystem::path& folder, torch::Dtype dtype) {
+WanTransformer load_transformer(const std::filesystem::path& folder, torch::Dtype dtype,
+                                Progress* progress) {
   check_float(dtype);
   const WanConfig config = load_wan_config(folder);
   check_against_headers(folder, config);
-  WanTransformer model(config);
+  WanTransformer model(config, Fill::kNone);
   Tensors parameters = own_parameters(*model);
   Report report;
   std::set<std::string> loaded;
+  if (progress != nullptr) {
+    progress->begin_if_long("loading " + folder.string(), std::ssize(parameters));
+  }
   for (const fs::path& path : weight_files(folder, report, parameters)) {
     const io::SafetensorsFile file(path);
     for (const auto& [name, entry] : file.tensors()) {
@@ -291,10 +295,12 @@ WanTransformer load_transformer(const std::filesystem::path& folder, torch::Dtyp
       }
       const torch::Tensor tensor = copy_of(entry, path.string() + ": " + name);
       loaded.insert(name);
+      if (progress != nullptr) progress->update(std::ssize(loaded));
       if (!report.fits(name, tensor, found->second.sizes())) continue;
       found->second.set_data(tensor.to(stays_fp32(name) ? torch::kFloat32 : dtype));
     }
   }
+  if (progress != nullptr) progress->end();
   for (const auto& [name, parameter] : parameters) {
     if (!loaded.contains(name)) report.missing.insert(name);
   }

@@ -11,6 +11,7 @@
 
 #include <torch/torch.h>
 
+#include "video/run.h"
 #include "video/token_order.h"
 #include "video/wan_transformer.h"
 
@@ -25,8 +26,9 @@ void save_tensors(const std::filesystem::path& path,
 WanConfig load_wan_config(const std::filesystem::path& folder);
 /// The folder's config.json and diffusion_pytorch_model*.safetensors (index file if sharded).
 /// Missing, extra or misshapen tensors are named (all of them, up to ten). Weights get `dtype`.
+/// `progress` may be null.
 WanTransformer load_transformer(const std::filesystem::path& folder,
-                                torch::Dtype dtype = torch::kFloat32);
+                                torch::Dtype dtype = torch::kFloat32, Progress* progress = nullptr);
 void save_transformer(const std::filesystem::path& folder, WanTransformer& model,
                       torch::Dtype dtype = torch::kBFloat16,
                       std::int64_t max_shard_bytes = std::int64_t{5} << 30,

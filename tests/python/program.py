@@ -2,15 +2,33 @@
 
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "--batch 2 --layers 1 --heads 1 --head-dim 16 --ffn-dim 32 --text-dim 16 --height 16 --width 16"
     " --frames 4 --caption-tokens 2 --warmup 2 --device cpu --threads 1 --seed 3"
 ).split()
+
+# A small model of Wan's own kind, as diffusers takes it.
+WAN = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=16,
+    in_channels=4,
+    out_channels=4,
+    text_dim=20,
+    freq_dim=32,
+    ffn_dim=64,
+    num_layers=2,
+    cross_attn_norm=True,
+    rope_max_seq_len=64,
+)
 
 
 def find_program():
@@ -80,3 +98,14 @@ def metadata_of(path):
 def contents_of(folder):
     """Every file below the folder, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def page_of(path):
+    """What a report page's script puts into each element; skips without node."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not there to run the page's script")
+    script = Path(__file__).with_name("run_page.js")
+    result = subprocess.run([node, script, path], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)

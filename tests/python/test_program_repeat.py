@@ -14,6 +14,7 @@ from program import (
     contents_of,
     done,
     error_of,
+    page_of,
     pretrain,
     sla2,
     start,
@@ -82,6 +83,12 @@ def test_saved_options_repeat_the_run(stage, clips, stages, tmp_path):
         assert settings[0]["stage2"]["lr"] == saved[0]["lr"]
         assert settings[0]["stage2"]["sla_lr"] == saved[0]["sla_lr"]
         assert settings[0]["stage1"]["steps"] == saved[0]["stage1_steps"] == 1
+        shown = page_of(first / "report.html")
+        assert shown["removed"] == ["keeps"] or shown["removed"] == []
+        assert "data-cell" in shown["clips"] and "SLA" in shown["training-lead"]
+        for plot in ("speed-plot", "loss-plots", "error-plots", "length-plot"):
+            assert "<svg" in shown[plot] and "figcaption" in shown[plot], plot
+        assert "NaN" not in json.dumps(shown)
         return
     if stage == "evaluate":
         methods = [
@@ -113,7 +120,39 @@ def test_an_earlier_run_is_not_written_over(stage, clips, stages):
     assert contents_of(out) == before
 
 
+# Not their defaults; each must reach the result.
+PRETRAIN = {
+    "batch": 3,
+    "lr": 1e-3,
+    "warmup": 1,
+    "final-lr": 0.5,
+    "weight-decay": 0.5,
+    "clip-norm": 0.01,
+    "ema": 0.1,
+    "accumulation": 2,
+    "prediction": "velocity",
+    "timesteps": "uniform",
+    "shift": 3,
+    "t-min": 0.9,
+    "caption-dropout": 0.9,
+    "seed": 4,
+    "fps": 4,
+    "exclude": "bars",
+}
+SIZES = {
+    "frames": 8,
+    "height": 32,
+    "width": 32,
+    "patch": "2,8,8",
+    "layers": 3,
+    "heads": 4,
+    "head-dim": 32,
+    "ffn-dim": 48,
+    "text-dim": 24,
+    "caption-tokens": 3,
+}
 CHANGED = {
+    "pretrain": {**PRETRAIN, **SIZES},
     "calibrate": {
         "keeps": "0.5",
         "batch": 2,
@@ -149,19 +188,19 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize("stage", ["calibrate", "tune"])
+@pytest.mark.parametrize("stage", ["pretrain", "calibrate", "tune"])
 def test_resume_refuses_every_other_option(stage, clips, stages, tmp_path):
     model, weights, tuned = stages
-    out = {"calibrate": weights, "tune": tuned}[stage]
+    out = {"pretrain": model, "calibrate": weights, "tune": tuned}[stage]
     before = contents_of(out)
     base = json.loads((out / f"{stage}.json").read_text())
     # What --resume may change, or what is tested by its contents below.
     free = {"out", "device", "threads", "steps", "checkpoint_every", "activation_checkpointing"}
-    free |= {"data", "model", "sla2", "method"}
+    free |= {"data", "model", "sla2", "method", "log_every", "loader_threads"}
     assert {key.replace("-", "_") for key in CHANGED[stage]} == set(base) - free
     for option, value in CHANGED[stage].items():
         changed = tmp_path / "c.json"
-        changed.write_text(json.dumps({**base, "steps": 4}))
+        changed.write_text(json.dumps({**base, "steps": 8}))
         error = error_of(
             sla2(stage, "--config", changed, "--resume", f"--{option}={value}"),
             1,
@@ -220,6 +259,51 @@ def test_non_finite_numbers_stop_the_stages(stage, clips, stages, tmp_path, valu
     assert "NaN or Inf in the" in error and "of step 0" in error and layer in error
     assert "last good checkpoint: none yet" in error
     assert not (out / "sla2.json").exists() and not (out / "checkpoint.safetensors").exists()
+
+
+def test_evaluate_samples_again_what_changed(clips, stages, tmp_path):
+    """Samples of an earlier run are kept for the same model, weights and data alone."""
+    model, weights, _ = (shutil.copytree(f, tmp_path / f.name) for f in stages)
+    data = shutil.copytree(clips, tmp_path / "data")
+    out = tmp_path / "out"
+    command = ["evaluate", "--model", model, "--sla2", weights, "--data", data, "--out", out, *CPU]
+    command += "--sampling-steps 1 --clips 1 --samples 1 --repeats 1".split()
+
+    def kept():
+        return done(*command).stderr.count("already sampled")
+
+    assert kept() == 0 and kept() == 3
+    shutil.copyfile(data / "bars.mp4", data / "noise.mp4")
+    assert kept() == 0
+    poison(model, "proj_out.bias", 0.5)
+    assert kept() == 0 and kept() == 3
+
+
+def test_every_option_of_generate_reaches_the_video(clips, stages, tmp_path):
+    model, weights, tuned = stages
+    out = tmp_path / "x.mp4"
+
+    def made(**changed):
+        options = {"prompt": "bars", "steps": 2, "frames": clips / "noise.mp4", "seed": 3}
+        options = {"model": model, "sla2": weights, **options, **changed}
+        words = [w for k, v in options.items() if v for w in (f"--{k.replace('_', '-')}", v)]
+        done("generate", "--out", out, "--device", "cpu", "--threads", 1, *words)
+        return out.read_bytes()
+
+    start_point = made()
+    assert made() == start_point
+    for option, value in {
+        "sla2": tuned,
+        "prompt": "noise",
+        "frames": clips / "bars.mp4",
+        "steps": 3,
+        "seed": 4,
+        "guidance": 3,
+        "shift": 5,
+        "from_t": 0.9,
+    }.items():
+        assert made(**{option: value}) != start_point, option
+    assert made(frames=None) != start_point
 
 
 def test_interrupt_of_stage_1_says_how_to_go_on(clips, stages, tmp_path):
@@ -302,25 +386,6 @@ def test_the_command_to_repeat_can_be_pasted(stages, tmp_path):
     assert shlex.split(json.loads(out.read_text())["command"]) == [PROGRAM, *arguments]
 
 
-# Not their defaults; each must reach the result.
-PRETRAIN = {
-    "batch": 3,
-    "lr": 1e-3,
-    "warmup": 1,
-    "final-lr": 0.5,
-    "weight-decay": 0.5,
-    "clip-norm": 0.01,
-    "ema": 0.1,
-    "accumulation": 2,
-    "prediction": "velocity",
-    "timesteps": "uniform",
-    "shift": 3,
-    "t-min": 0.9,
-    "caption-dropout": 0.9,
-    "seed": 4,
-    "fps": 4,
-    "exclude": "bars",
-}
 NO_EFFECT = {
     "pretrain": ["activation-checkpointing", "loader-threads=1", "checkpoint-every=1"],
     "calibrate": ["checkpoint-every=1"],

@@ -12,6 +12,7 @@ from program import (
     PROGRAM,
     TINY,
     contents_of,
+    done,
     error_of,
     metadata_of,
     pretrain,
@@ -43,12 +44,6 @@ def tune(clips, model, weights, out, *more):
     return ["tune", *arguments, *CPU, *more]
 
 
-def done(arguments):
-    result = sla2(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 @pytest.fixture(scope="module")
 def wide(clips, tmp_path_factory):
     """A model with several blocks and its SLA2 weights."""
@@ -56,7 +51,7 @@ def wide(clips, tmp_path_factory):
     model, weights = folder / "model", folder / "sla2"
     result = pretrain(clips, model, *WIDE)
     assert result.returncode == 0, result.stderr
-    done(calibrate(clips, model, weights, "--steps", 4))
+    done(*calibrate(clips, model, weights, "--steps", 4))
     return model, weights
 
 
@@ -74,7 +69,7 @@ def test_kill_and_resume_give_the_same_bits(stage, clips, wide, tmp_path):
         return tune(clips, model, weights, out, *more)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done(command(whole))
+    done(*command(whole))
     checkpoint = broken / "checkpoint.safetensors"
     for kill, share in enumerate((0.3, 0.7)):
         process = start(*command(broken, *(["--resume"] if kill else [])))
@@ -89,7 +84,7 @@ def test_kill_and_resume_give_the_same_bits(stage, clips, wide, tmp_path):
         process.communicate()
         assert int(metadata_of(checkpoint)["step"]) < steps
         assert not (broken / "sla2.json").exists() and not (broken / "config.json").exists()
-    done(command(broken, "--resume"))
+    done(*command(broken, "--resume"))
 
     def results(folder):
         """All but the temporary that a kill may leave, times and the paths among the options."""
@@ -138,7 +133,7 @@ def test_a_refused_resume_changes_nothing(clips, wide, tmp_path):
         tune(clips, model, weights, tmp_path / "tune", "--steps", 2),
     ]
     for command in stages:
-        done(command)
+        done(*command)
         out = tmp_path / command[0]
         before = contents_of(out)
         assert f"{command[0]}.json" in before
@@ -156,8 +151,8 @@ def test_full_disk_loses_nothing(clips, wide, tmp_path):
     tuned, video = tmp_path / "tuned", tmp_path / "video" / "v.mp4"
     generate = ["generate", "--model", model, "--prompt", "bars", "--steps", 1, *CPU]
     generate += ["--out", video]
-    done(tune(clips, model, weights, tuned, "--steps", 2))
-    done(generate)
+    done(*tune(clips, model, weights, tuned, "--steps", 2))
+    done(*generate)
     size = len((model / WEIGHTS).read_bytes())
     resume = ["--resume", "--steps"]
     for command, folder, limit in [
@@ -176,7 +171,7 @@ def test_full_disk_loses_nothing(clips, wide, tmp_path):
         before.pop("losses.jsonl", None)
         assert after == before, command
     # What is there still works.
-    done([*generate, "--sla2", tuned])
+    done(*generate, "--sla2", tuned)
 
 
 def damage_tensors(source, out, file, change):
@@ -347,7 +342,7 @@ def test_every_option_of_every_command(clips, tmp_path):
         f" --out {out['v.mp4']}",
         f"evaluate --model {out['m']} --sla2 {out['t']} --data {clips} --out {out['e']}"
         " --keeps 0.5,0.25 --ablations linear_keys,linear_scope,elu,relu,fp32 --sampling-steps 2"
-        " --guidance 2 --clips 1 --samples 2 --repeats 1",
+        " --guidance 2 --shift 3 --clips 1 --samples 2 --repeats 1",
         f"bench model --model {out['m']} --sla2 {out['t']} --repeats 1",
         f"bench op --shape 1,1,256,16 --keep 0.5 --precision bf16 --block-q 32 --block-k 32"
         f" --pass forward --implementation reference --row-seconds 0.01 --minutes 1 --no-rivals"
@@ -412,6 +407,7 @@ def test_every_option_of_every_command(clips, tmp_path):
     assert "8 frames" in sla2("info", out["m"]).stdout
     report = read("e", "report.json")
     assert report["settings"]["sampling_steps"] == 2 and report["timing"]["repeats"] == 1
+    assert report["settings"]["shift"] == 3 and report["settings"]["guidance"] == 2
     assert {m["keep"] for m in report["methods"]} == {1, 0.5, 0.25} and len(report["clips"]) == 1
     assert {m["note"] for m in report["methods"] if "note" in m} == {
         *("linear_keys", "linear_scope", "elu", "relu", "fp32")

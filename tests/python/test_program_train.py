@@ -214,6 +214,32 @@ def test_generate(clips, model, tmp_path):
     assert again.read_bytes() == (tmp_path / "text.mp4").read_bytes()
 
 
+def test_a_terminal_shows_a_bar_from_the_start(model, tmp_path):
+    import os
+    import pty
+    import subprocess
+
+    master, slave = pty.openpty()
+    arguments = ["generate", "--model", model, "--prompt", "bars", "--steps", 2, "--device", "cpu"]
+    process = subprocess.Popen(
+        [PROGRAM, *map(str, arguments), "--out", tmp_path / "x.mp4"],
+        stderr=slave,
+        stdout=subprocess.DEVNULL,
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    except OSError:  # how a terminal ends
+        pass
+    os.close(master)
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert text.index(" 0/2") < text.index(" 2/2") and "generating" in text
+    assert "loading" not in text  # under a second
+
+
 def test_generate_errors(model, tmp_path):
     out = tmp_path / "x.mp4"
     assert "bars, noise" in error_of(generate(model, out, "--prompt", "nobody"), 2)

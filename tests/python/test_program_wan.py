@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from program import PROGRAM, done, error_of, sla2
+from program import PROGRAM, WAN, done, error_of, page_of, sla2
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -21,19 +21,7 @@ def wan(tmp_path_factory):
     """A small random model as diffusers saves it, and a folder of latents."""
     folder = tmp_path_factory.mktemp("wan")
     torch.manual_seed(5)
-    diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=4,
-        text_dim=20,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=2,
-        cross_attn_norm=True,
-        rope_max_seq_len=64,
-    ).save_pretrained(folder / "model")
+    diffusers.WanTransformer3DModel(**WAN).save_pretrained(folder / "model")
     (folder / "data").mkdir()
     for i in range(3):
         sample = {"latents": torch.randn(4, *SHAPE), "text": torch.randn(5, 20)}
@@ -95,6 +83,68 @@ def test_both_stages_and_a_sample_of_latents(wan, tmp_path):
     )
 
 
+def test_evaluate_compares_latents(wan, tmp_path):
+    model, data = ["--model", wan / "model"], ["--data", wan / "data"]
+    weights, out = tmp_path / "sla2", tmp_path / "out"
+    blocks = ["--block-q", 32, "--block-k", 32]
+    done("calibrate", *model, *data, "--out", weights, "--keeps", 0.5, "--steps", 2, *blocks, *CPU)
+    command = ["evaluate", *model, *data, "--sla2", weights, "--out", out, "--keeps", "1,0.5,0.25"]
+    command += ["--sampling-steps", 2, "--clips", 2, "--samples", 2, "--repeats", 1, *CPU]
+    done(*command, "--ablations", "relu,fp32", "--shift", 3)
+    report = json.loads((out / "report.json").read_text())
+    assert report["mode"] == "latents" and report["sheet"] is None
+    assert report["model"]["grid"] == [4, 8, 12] and report["model"]["tokens"] == 384
+    assert [clip["name"] for clip in report["clips"]] == ["0", "1"]
+    assert all(clip["videos"] == [] for clip in report["clips"])
+    assert not list(out.rglob("*.mp4"))
+    shown = page_of(out / "report.html")
+    assert {"videos", "routing"} <= set(shown["removed"])
+    assert "Whole latents" in shown["methods"] and "range of full attention" in shown["table-lead"]
+    assert "of 32,760" in shown["length-plot"] and "NaN" not in json.dumps(shown)
+
+    full, *others = report["methods"]
+    assert full["method"] == "full" and full["psnr_to_full_db"] is None and len(others) == 8
+    samples = {
+        path.stem: {k: v.double() for k, v in load_file(path).items()}
+        for path in (out / "samples").glob("*.safetensors")
+    }
+
+    def psnr(value, reference):
+        peak = float(reference.max() - reference.min())
+        return min(99.0, float(10 * torch.log10(peak**2 / (value - reference).square().mean())))
+
+    for value in samples["full"].values():
+        assert value.shape[-4:] == (4, *SHAPE)
+
+    for row in others:
+        assert row["val_loss"] > 0 and row["videos"] == 2
+        assert (row["step_ms"] is None) == ("note" in row)
+        name = f"sla2_{row['stage']}_{100 * row['keep']:g}"
+        name = f"sla2_{row['note']}" if "note" in row else name
+        ours = [
+            psnr(samples[name][key], samples["full"][key]) for key in ("video.0.0", "video.0.1")
+        ]
+        assert row["psnr_to_full_db"] == pytest.approx(sum(ours) / 2, abs=1e-3)
+    by_keep = {row["keep"]: row for row in others if row["stage"] == "calibrated"}
+    assert by_keep[1]["psnr_denoised_db"] > by_keep[0.25]["psnr_denoised_db"]
+    # The sample of full attention is the one that generate makes.
+    text = load_file(wan / "data" / "0.safetensors")["text"]
+    save_file({"text": text}, tmp_path / "text.safetensors")
+    made = tmp_path / "x.safetensors"
+    generate = ["generate", *model, "--text", tmp_path / "text.safetensors", "--out", made]
+    generate += ["--shape", "4,16,24", "--steps", 2, "--shift", 3, *CPU]
+    done(*generate, "--seed", 4)  # evaluate's next one
+    assert torch.equal(load_file(made)["latents"].double(), samples["full"]["video.0.0"])
+
+    done(*command, "--ablations", "relu,fp32", "--shift", 3)  # from the saved samples
+    again = json.loads((out / "report.json").read_text())["methods"]
+    assert [{**row, "step_ms": 0} for row in again] == [
+        {**row, "step_ms": 0} for row in report["methods"]
+    ]
+    error = error_of(sla2(*command, "--guidance", 2), 2)
+    assert "--guidance must be 1 for a model of latents" in error
+
+
 def test_what_latents_need_is_named(wan, clips, tmp_path):
     out, model = tmp_path / "x.safetensors", ["--model", wan / "model"]
     shape = ["--shape", "4,16,24"]
@@ -102,7 +152,11 @@ def test_what_latents_need_is_named(wan, clips, tmp_path):
         (generate(wan, tmp_path / "x.mp4", *model, *shape), "--out must end in .safetensors", 2),
         (generate(wan, out, *model), "--shape must be 3 numbers", 2),
         (generate(wan, out, *model, "--shape", "4,16"), "--shape must be 3 numbers", 2),
-        (generate(wan, out, *model, "--shape", "4,15,24"), "height must be a multiple of 2", 1),
+        (
+            generate(wan, out, *model, "--shape", "4,15,24"),
+            "--shape: height must be a multiple of 2",
+            2,
+        ),
         (sla2("generate", *model, *shape, "--prompt", "a", "--out", out, *CPU), "--text", 2),
         (
             sla2("calibrate", *model, "--data", clips, "--out", tmp_path / "s", *CPU),

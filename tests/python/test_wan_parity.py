@@ -11,23 +11,13 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from program import WAN  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = pathlib.Path(os.environ.get("SLA2_BUILD_DIR", ROOT / "build" / "release"))
 PROGRAM = BUILD / "bin" / "wan_forward"
 
-BASE = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=24,
-    in_channels=4,
-    out_channels=4,
-    text_dim=20,
-    freq_dim=32,
-    ffn_dim=64,
-    num_layers=2,
-    cross_attn_norm=True,
-    rope_max_seq_len=64,
-)
+BASE = {**WAN, "attention_head_dim": 24}  # no power of two
 PIXELS = dict(patch_size=(1, 8, 8), in_channels=3, out_channels=3)
 # name, changes of BASE, tokens (frames, height, width), batch, text length
 CASES = [

@@ -51,6 +51,64 @@ TEST(Weights, ComeBackWholeAndSharded) {
   }
 }
 
+TEST(Weights, LoadingIsWatched) {
+  class Watch final : public Progress {
+   public:
+    void begin_if_long(const std::string&, std::int64_t tensors) override { total = tensors; }
+    void update(std::int64_t done, std::optional<double>) override { reached.push_back(done); }
+    void end() override { ended = true; }
+    std::int64_t total = 0;
+    std::vector<std::int64_t> reached;
+    bool ended = false;
+  } watch;
+  WanTransformer model = small_model();
+  const TemporaryFolder folder;
+  save_transformer(folder.path(), model, torch::kFloat32, 100000);
+  load_transformer(folder.path(), torch::kFloat32, &watch);
+  EXPECT_EQ(watch.total, static_cast<std::int64_t>(model->parameters().size()));
+  EXPECT_EQ(std::ssize(watch.reached), watch.total);
+  EXPECT_EQ(watch.reached.back(), watch.total);
+  EXPECT_TRUE(watch.ended);
+}
+
+TEST(Weights, LoadingFillsNothingFirst) {
+  WanTransformer model = small_model();
+  const TemporaryFolder folder;
+  save_transformer(folder.path(), model, torch::kFloat32);
+  const auto generator = at::globalContext().defaultGenerator(torch::kCPU);
+  const torch::Tensor before = generator.get_state();
+  WanTransformer loaded = load_transformer(folder.path());
+  EXPECT_TRUE(torch::equal(generator.get_state(), before));
+  const auto saved = model->named_parameters();
+  for (const auto& parameter : loaded->named_parameters()) {
+    EXPECT_TRUE(torch::equal(parameter.value(), saved[parameter.key()])) << parameter.key();
+    EXPECT_TRUE(parameter.value().is_contiguous() && parameter.value().requires_grad());
+    EXPECT_EQ(parameter.value().storage().nbytes(), parameter.value().nbytes());
+  }
+  // Until then the maps, which are nearly all of a model, have a shape and no memory.
+  WanTransformer hollow(small_config(), Fill::kNone);
+  std::size_t held = 0, named = 0;
+  for (const torch::Tensor& parameter : hollow->parameters()) {
+    if (parameter.dim() > 1) held += parameter.storage().nbytes();
+    if (parameter.dim() > 1) named += parameter.nbytes();
+  }
+  EXPECT_LT(1000 * held, named);
+  EXPECT_TRUE(torch::equal(generator.get_state(), before));
+}
+
+TEST(Affine, StartsAsTorchStartsItsOwn) {
+  torch::manual_seed(3);
+  const Affine map(std::vector<std::int64_t>{5, 7}, Fill::kRandom);
+  const Affine windows(std::vector<std::int64_t>{5, 3, 1, 2, 2}, Fill::kRandom);
+  torch::manual_seed(3);
+  const torch::nn::Linear linear(7, 5);
+  const torch::nn::Conv3d convolution(torch::nn::Conv3dOptions(3, 5, {1, 2, 2}).stride({1, 2, 2}));
+  EXPECT_TRUE(torch::equal(map->weight(), linear->weight));
+  EXPECT_TRUE(torch::equal(map->named_parameters()["bias"], linear->bias));
+  EXPECT_TRUE(torch::equal(windows->weight(), convolution->weight));
+  EXPECT_TRUE(torch::equal(windows->named_parameters()["bias"], convolution->bias));
+}
+
 TEST(Weights, SixteenBits) {
   const torch::NoGradGuard no_grad;
   WanTransformer model = small_model();

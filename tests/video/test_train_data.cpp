@@ -18,7 +18,13 @@ namespace fs = std::filesystem;
 class Notes final : public Progress {
  public:
   void note(const std::string& line) override { lines.push_back(line); }
-  std::vector<std::string> lines;
+  void begin_if_long(const std::string& task, std::int64_t total) override {
+    tasks.push_back(task + " of " + std::to_string(total));
+  }
+  void update(std::int64_t done, std::optional<double>) override { reached = done; }
+  void end() override { tasks.push_back("end"); }
+  std::vector<std::string> lines, tasks;
+  std::int64_t reached = 0;
 };
 
 class Latents : public testing::Test {
@@ -45,6 +51,12 @@ class Latents : public testing::Test {
   Notes notes_;
   video::Run run_{.progress = notes_};
 };
+
+TEST_F(Latents, ReadingIsWatched) {
+  open();
+  EXPECT_EQ(notes_.tasks, (std::vector<std::string>{"reading latents of 5", "end"}));
+  EXPECT_EQ(notes_.reached, 5);
+}
 
 TEST_F(Latents, BatchIsAFunctionOfSeedStepAndIndex) {
   const auto data = open();

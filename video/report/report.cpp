@@ -56,7 +56,7 @@ void check_methods(const json& methods) {
 
 json read_media(const json& report, const std::filesystem::path& folder) {
   json media = json::object();
-  if (!report.contains("sheet")) return media;
+  if (report.value("sheet", json()).is_null()) return media;  // latents have no videos
   const std::string file = member(report["sheet"], "file", "sheet").get<std::string>();
   const std::string bytes = io::read_file(folder / file, kMaxVideoBytes);
   media[file] = base64(std::as_bytes(std::span(bytes)));
