@@ -50,6 +50,8 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #include "cpu/stages/keys.inc"
 #include "cpu/stages/forward_keys.inc"
 #include "cpu/stages/forward_sums.inc"
+#include "cpu/stages/ahead.inc"
+#include "cpu/stages/softmax.inc"
 #include "cpu/stages/forward_queries.inc"
 #include "cpu/stages/formats.inc"
 #include "cpu/stages/back_keys.inc"
@@ -110,7 +112,7 @@ extern const Kernels kKernels = {
     with_products<pool_queries>,
     with_products<sum_z>,
     with_products<sum_forward>,
-    with_products<query_block>,
+    with_products<query_blocks>,
     kBf16Speed,
     {SLA2_BACK(pack_keys_of), SLA2_BACK(weights_of), SLA2_BACK(sum_key_blocks),
      SLA2_BACK(query_pairs), SLA2_BACK(key_pairs), SLA2_BACK(sum_query_blocks),

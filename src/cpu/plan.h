@@ -82,6 +82,8 @@ void select_queries(Call& call, std::int64_t b, std::int64_t h);
 
 /// Runs a stage over `count` indices.
 void run(Call& call, Stage stage, std::int64_t count);
+/// Runs a stage whose tasks share `count` indices out, one task a worker.
+void run_workers(Call& call, Stage stage, std::int64_t count);
 /// Block sums, mean, channel maxima of v.
 void smooth(Call& call);
 /// Scores, then blocks and logits (soft) of the current head.
