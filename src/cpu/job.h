@@ -48,7 +48,7 @@ struct Job {
   float* v_amax;        // [T, dv], linear16
   float* v_factor;      // [dv], int8: 127/amax of the head, 0 without a finite one
   float* pooled_k;      // [T, d] kb_j
-  // Forward: packed right operands (stages/products.inc) in the arithmetic's format.
+  // Forward: packed right operands (stages/micro_kernels.inc) in the arithmetic's format.
   void* keys;                  // [T, d, bk] Ks_j transposed; int8: key_offset added
   void* values;                // [T, bk, dv]
   float* k_scale;              // [T], int8
@@ -88,7 +88,7 @@ using Gemm = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const floa
                       std::int64_t a_row, std::int64_t a_col, const float* b, std::int64_t ldb,
                       float* c, std::int64_t ldc, bool accumulate);
 
-/// C [m, n] = or += A [m, count * k] B [count * k, n], B in parts: see stages/products.inc.
+/// C [m, n] = or += A [m, count * k] B [count * k, n], B in parts: see stages/micro_kernels.inc.
 template <typename A, typename B, typename C>
 using ProductOf = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const A* a,
                            std::int64_t lda, const B* const* b, std::int64_t count, C* c,

@@ -44,6 +44,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 // The stages in the order of the data: each uses those above it.
 // clang-format off
 #include "cpu/stages/vector.inc"
+#include "cpu/stages/micro_kernels.inc"
 #include "cpu/stages/products.inc"
 #include "cpu/stages/packing.inc"
 #include "cpu/stages/gemm.inc"

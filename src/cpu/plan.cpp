@@ -111,7 +111,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& k
   if (is_backward) {
     back = Back{};
     back.is16 = has_bf16_products(p, kernels);
-    return lay_out_backward(p, arena, job, back, own);
+    return lay_out_backward(p, workers, arena, job, back, own);
   }
   const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
                              : job.arithmetic == Arithmetic::kBf16 ? 2
