@@ -1,5 +1,5 @@
 // What the stages of the backward share beside the job. Element: fp32, or bf16 where `is16`.
-// "Packed" elements are a right operand of stages/products.inc; all others lie in rows.
+// "Packed" elements are a right operand of stages/micro_kernels.inc; all others lie in rows.
 #pragma once
 
 #include <cstdint>

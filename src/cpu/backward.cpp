@@ -12,19 +12,26 @@ namespace sla2::cpu {
 namespace {
 
 // What is in flight: P^T and dS^T of the routed pairs of a batch of query blocks, of at most so
-// many keys at once (a round). 16 MiB in bf16.
+// many keys at once (a round). 16 MiB in bf16; few workers take half a batch, of which more stays
+// in their caches.
 constexpr std::int64_t kBatchQueries = 4096;
+constexpr std::int64_t kFewWorkers = 8;
 constexpr std::int64_t kRoundKeys = 1024;
 
-std::int64_t batch_blocks(const Job& job) {
-  return std::min(job.q_blocks, std::max<std::int64_t>(1, kBatchQueries / job.block_q));
-}
 std::int64_t num_places(const Job& job) { return job.soft ? job.k_blocks : job.width; }
 /// Rounds of about equal size.
 std::int64_t round_places(const Job& job) {
   const std::int64_t most = kRoundKeys / job.block_k;
   const std::int64_t rounds = (num_places(job) + most - 1) / most;
   return (num_places(job) + rounds - 1) / rounds;
+}
+
+/// In one round dK and dV are summed by ascending query blocks whatever the batch is; in several
+/// the batch decides the order, and must not depend on the workers.
+std::int64_t batch_blocks(const Job& job, std::int64_t workers) {
+  const bool is_half = workers <= kFewWorkers && round_places(job) == num_places(job);
+  const std::int64_t queries = is_half ? kBatchQueries / 2 : kBatchQueries;
+  return std::min(job.q_blocks, std::max<std::int64_t>(1, queries / job.block_q));
 }
 
 /// Query block and place of the pairs of each key block, query blocks ascending. Soft routing has
@@ -77,9 +84,10 @@ void back_pairs(Call& call) {
   const Job& job = call.job;
   const std::int64_t places = num_places(job);
   back.round_places = round_places(job);
-  for (std::int64_t i = 0; i < job.q_blocks; i += batch_blocks(job)) {
+  const std::int64_t batch = batch_blocks(job, call.executor.num_threads());
+  for (std::int64_t i = 0; i < job.q_blocks; i += batch) {
     back.batch_begin = i;
-    back.batch_end = std::min(job.q_blocks, i + batch_blocks(job));
+    back.batch_end = std::min(job.q_blocks, i + batch);
     for (std::int64_t c = 0; c < places; c += back.round_places) {
       back.round_begin = c;
       back.round_end = std::min(places, c + back.round_places);
@@ -242,8 +250,8 @@ std::int64_t back_scratch_bytes(const Problem& p) {
   return (floats * 4 + 63) / 64 * 64;
 }
 
-void lay_out_backward(const Problem& p, Arena& arena, const Job& job, Back& back,
-                      DriverBuffers& own) {
+void lay_out_backward(const Problem& p, std::int64_t workers, Arena& arena, const Job& job,
+                      Back& back, DriverBuffers& own) {
   const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
   const std::int64_t bq = job.block_q, bk = job.block_k, keys = T * bk;
   const auto elements = [&](std::int64_t n) {
@@ -276,7 +284,7 @@ void lay_out_backward(const Problem& p, Arena& arena, const Job& job, Back& back
     back.d_out_copy = arena.take<float>(job.num_queries * dv);
     own.proj_out_t = arena.take<float>(dv * dv);
   }
-  const std::int64_t batch = batch_blocks(job);
+  const std::int64_t batch = batch_blocks(job, workers);
   const std::int64_t pairs = batch * round_places(job) * 2 * bk * bq;
   back.pairs = back.d_h = elements(std::max(pairs, T * d * dv));
   back.q_columns = elements(batch * bq * d);

@@ -68,7 +68,7 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
         job.lse = outputs.lse == nullptr
                       ? nullptr
                       : outputs.lse + (b * problem.num_heads + h) * problem.q_tokens;
-        run(call, kernels.query_block, job.q_blocks);
+        run_workers(call, kernels.query_blocks, job.q_blocks);
         done("query_blocks");
       }
     }

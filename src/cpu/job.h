@@ -48,7 +48,7 @@ struct Job {
   float* v_amax;        // [T, dv], linear16
   float* v_factor;      // [dv], int8: 127/amax of the head, 0 without a finite one
   float* pooled_k;      // [T, d] kb_j
-  // Forward: packed right operands (stages/products.inc) in the arithmetic's format.
+  // Forward: packed right operands (stages/micro_kernels.inc) in the arithmetic's format.
   void* keys;                  // [T, d, bk] Ks_j transposed; int8: key_offset added
   void* values;                // [T, bk, dv]
   float* k_scale;              // [T], int8
@@ -75,7 +75,8 @@ struct Job {
 
   const struct Back* back;  // backward only: back.h
 
-  std::byte* scratch;  // one part a worker
+  std::int64_t* next_index;  // of the stages whose tasks share their indices out
+  std::byte* scratch;        // one part a worker
   std::int64_t scratch_bytes;
 };
 
@@ -87,7 +88,7 @@ using Gemm = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const floa
                       std::int64_t a_row, std::int64_t a_col, const float* b, std::int64_t ldb,
                       float* c, std::int64_t ldc, bool accumulate);
 
-/// C [m, n] = or += A [m, count * k] B [count * k, n], B in parts: see stages/products.inc.
+/// C [m, n] = or += A [m, count * k] B [count * k, n], B in parts: see stages/micro_kernels.inc.
 template <typename A, typename B, typename C>
 using ProductOf = void (*)(std::int64_t m, std::int64_t n, std::int64_t k, const A* a,
                            std::int64_t lda, const B* const* b, std::int64_t count, C* c,
@@ -132,7 +133,7 @@ struct Kernels {
   Products products;
   std::int32_t key_offset;  // what is added to the packed integers of k
   Gemm gemm;
-  /// Integers and scale of one row of q, as query_block uses them (for tests).
+  /// Integers and scale of one row of q, as query_blocks uses them (for tests).
   float (*quantized_row)(const float* x, std::int64_t d, std::int8_t* out);
   Stage sum_keys;      // key block: k_block_sums, v_amax
   Stage pack_keys;     // pair of key blocks: everything of the key/value head
@@ -140,7 +141,7 @@ struct Kernels {
   Stage pool_queries;  // query block
   Stage sum_z;         // kSumRows query blocks: sum_z, sums_direct
   Stage sum_forward;   // kPanelsPerTask panels: sums_packed
-  Stage query_block;   // query block: steps 2 to 4
+  Stage query_blocks;  // worker: steps 2 to 4 of query blocks by next_index
   Speed bf16;          // of products, beside fp32
   BackStages back;
 };

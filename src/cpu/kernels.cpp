@@ -44,12 +44,15 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 // The stages in the order of the data: each uses those above it.
 // clang-format off
 #include "cpu/stages/vector.inc"
+#include "cpu/stages/micro_kernels.inc"
 #include "cpu/stages/products.inc"
 #include "cpu/stages/packing.inc"
 #include "cpu/stages/gemm.inc"
 #include "cpu/stages/keys.inc"
 #include "cpu/stages/forward_keys.inc"
 #include "cpu/stages/forward_sums.inc"
+#include "cpu/stages/ahead.inc"
+#include "cpu/stages/softmax.inc"
 #include "cpu/stages/forward_queries.inc"
 #include "cpu/stages/formats.inc"
 #include "cpu/stages/back_keys.inc"
@@ -110,7 +113,7 @@ extern const Kernels kKernels = {
     with_products<pool_queries>,
     with_products<sum_z>,
     with_products<sum_forward>,
-    with_products<query_block>,
+    with_products<query_blocks>,
     kBf16Speed,
     {SLA2_BACK(pack_keys_of), SLA2_BACK(weights_of), SLA2_BACK(sum_key_blocks),
      SLA2_BACK(query_pairs), SLA2_BACK(key_pairs), SLA2_BACK(sum_query_blocks),

@@ -90,6 +90,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& k
 
   job.scratch_bytes = is_backward ? back_scratch_bytes(p) : scratch_bytes(d, dv, job.block_k);
   job.scratch = arena.take<std::byte>(workers * job.scratch_bytes);
+  job.next_index = arena.take<std::int64_t>(1);
   job.k_block_sums = arena.take<float>(T * d);
   job.k_mean = arena.take<float>(d);
   job.pooled_k = arena.take<float>(T * d);
@@ -110,7 +111,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& k
   if (is_backward) {
     back = Back{};
     back.is16 = has_bf16_products(p, kernels);
-    return lay_out_backward(p, arena, job, back, own);
+    return lay_out_backward(p, workers, arena, job, back, own);
   }
   const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
                              : job.arithmetic == Arithmetic::kBf16 ? 2
@@ -180,6 +181,11 @@ void run(Call& call, Stage stage, std::int64_t count) {
   const Job& job = call.job;
   call.executor.parallel_for(
       count, [stage, &job](std::int64_t i, std::int64_t worker) { stage(job, i, worker); });
+}
+
+void run_workers(Call& call, Stage stage, std::int64_t count) {
+  *call.job.next_index = 0;
+  run(call, stage, std::min(call.executor.num_threads(), count));
 }
 
 void smooth(Call& call) {

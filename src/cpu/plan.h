@@ -66,8 +66,8 @@ struct Call {
 void lay_out(const Problem& problem, Pass pass, std::int64_t workers, const Kernels& kernels,
              Arena& arena, Job& job, Back& back, DriverBuffers& own);
 /// The backward's part of it; the job's sizes are set.
-void lay_out_backward(const Problem& problem, Arena& arena, const Job& job, Back& back,
-                      DriverBuffers& own);
+void lay_out_backward(const Problem& problem, std::int64_t workers, Arena& arena, const Job& job,
+                      Back& back, DriverBuffers& own);
 /// Bytes that one worker of any stage of the backward needs.
 std::int64_t back_scratch_bytes(const Problem& problem);
 Call make_call(const Problem& problem, const Inputs& inputs, const Context& context, Pass pass,
@@ -82,6 +82,8 @@ void select_queries(Call& call, std::int64_t b, std::int64_t h);
 
 /// Runs a stage over `count` indices.
 void run(Call& call, Stage stage, std::int64_t count);
+/// Runs a stage whose tasks share `count` indices out, one task a worker.
+void run_workers(Call& call, Stage stage, std::int64_t count);
 /// Block sums, mean, channel maxima of v.
 void smooth(Call& call);
 /// Scores, then blocks and logits (soft) of the current head.
