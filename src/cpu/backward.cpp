@@ -19,6 +19,10 @@ constexpr std::int64_t kFewWorkers = 8;
 constexpr std::int64_t kRoundKeys = 1024;
 
 std::int64_t num_places(const Job& job) { return job.soft ? job.k_blocks : job.width; }
+/// Places of a round at most, also where fewer key blocks than the job's exist (key lengths).
+std::int64_t most_places(const Job& job) {
+  return std::min(num_places(job), kRoundKeys / job.block_k);
+}
 /// Rounds of about equal size.
 std::int64_t round_places(const Job& job) {
   const std::int64_t most = kRoundKeys / job.block_k;
@@ -285,7 +289,7 @@ void lay_out_backward(const Problem& p, std::int64_t workers, Arena& arena, cons
     own.proj_out_t = arena.take<float>(dv * dv);
   }
   const std::int64_t batch = batch_blocks(job, workers);
-  const std::int64_t pairs = batch * round_places(job) * 2 * bk * bq;
+  const std::int64_t pairs = batch * most_places(job) * 2 * bk * bq;
   back.pairs = back.d_h = elements(std::max(pairs, T * d * dv));
   back.q_columns = elements(batch * bq * d);
   back.q_packed = elements(batch * bq * d);

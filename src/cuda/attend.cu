@@ -365,8 +365,9 @@ SLA2_KERNEL(kAttendThreads, 2) void project_out_kernel(Call c) {
     if (mixed) {
       for (int a = 0; a < c.dv; ++a) {
         const float* w = c.proj_out + a * c.dv + channel;
-        o[0] += o_l[a] * w[0];
-        o[1] += o_l[a] * w[1];
+        const float linear = held_in_range(out.dtype, o_l[a]);
+        o[0] += linear * w[0];
+        o[1] += linear * w[1];
       }
     }
     store_pair(out, channel, o[0], o[1]);

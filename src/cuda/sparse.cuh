@@ -1,7 +1,8 @@
 // Step 2 (Eq. 14): softmax attention of 16 query rows a warp over the routed key blocks.
 // Keys come in tiles (16 to 64), made of parts that lie in one key block each; the maximum is the
 // running one, taken tile by tile (int8: a chunk is one tile, p = round(255 exp(s - running max))).
-// Scores, weights and outputs stay in registers: the fragments of the scores are those of p, which
+// Scores, weights and outputs (all but kParked fragments) stay in registers: the fragments of the
+// scores are those of p, which
 // is why 8-bit v is stored in permuted key order. s32 sums start at the integer form of 1.5 * 2^23,
 // so that their bits, read as a float, are that number plus the sum: no conversion.
 #pragma once
@@ -16,7 +17,7 @@ inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 inline constexpr float kLog2Of448 = 8.807354922057604f;
 inline constexpr std::size_t kTilesAt = 64;  // shared memory in front: Queries
 #if defined(__CUDA_ARCH__) && \
-    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 inline constexpr bool kLargeSharedMemory = false;  // 100 KiB a multiprocessor
 #else
 inline constexpr bool kLargeSharedMemory = true;  // 164 KiB or more
@@ -49,7 +50,7 @@ struct Sparse {
   static constexpr int kQueryScale = D * kBytes;  // low-bit, kSharedQ: the row's scale, behind it
   // Two blocks a multiprocessor hide each other's waits where its shared memory has room for them;
   // 128 registers a thread.
-  static constexpr int kBlocks = kSharedQ && (D <= 64 || kLargeSharedMemory) ? 2 : 1;
+  static constexpr int kBlocks = kSharedQ && (kLargeSharedMemory || (kLowBit && D <= 64)) ? 2 : 1;
   // The last fragments of o lie in shared memory between tiles: 128 registers hold no more.
   static constexpr int kParked = D != 128 ? 0 : F == Format::kInt8 ? 1 : F == Format::kFp8 ? 6 : 0;
   SLA2_HOST_DEVICE static std::size_t parked_at(int rows) {
@@ -424,6 +425,8 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
       p[n / 4][n / 2 % 2 * 2 + r] = word;
     }
   }
+  // Always 0, which the compiler cannot know: it starts no product before the last exponential, as
+  // it would at the cost of o's registers.
   const auto zero = static_cast<std::uint32_t>(block_y());
   SLA2_UNROLL for (int e = 0; e < 4; ++e) p[0][e] |= p[1][e] & zero;
   if constexpr (F == Format::kInt8) {

@@ -38,12 +38,35 @@ std::vector<std::vector<double>> everything(Call& call) {
           call.d_proj_k.values(), call.d_proj_out.values()};
 }
 
+/// More queries than a batch of the backward, whose size depends on the threads where the keys of a
+/// round are all there are (64 routed) and must not where they are not (1,100 with soft routing).
+TEST_P(Cpu, SameBitsInBatchesOfAnySize) {
+  for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
+    Problem p = small_problem(2200, mode == RoutingMode::kSoft ? 1100 : 128, 16, 16);
+    p.implementation = GetParam();
+    p.config.routing = mode;
+    SLA2_SKIP_IF_REFUSED(p, Pass::kBackward);
+    std::vector<std::vector<double>> first;
+    for (const std::int64_t threads : {2, 9}) {
+      Call call(p, 3);
+      const auto executor = make_thread_pool(threads);
+      call.run_forward(*executor);
+      call.run_backward(*executor);
+      if (first.empty()) {
+        first = everything(call);
+      } else {
+        EXPECT_EQ(everything(call), first) << threads << " threads";
+      }
+    }
+  }
+}
+
 TEST_P(Cpu, SameBitsOnAnyNumberOfThreads) {
   for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
     const Problem p = problem(mode);
     SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
     std::vector<std::vector<double>> first;
-    for (const std::int64_t threads : {1, 2, 5}) {
+    for (const std::int64_t threads : {1, 2, 5, 9}) {
       Call call(p, 3);
       const auto executor = make_thread_pool(threads);
       call.run_forward(*executor);
@@ -54,6 +77,22 @@ TEST_P(Cpu, SameBitsOnAnyNumberOfThreads) {
         EXPECT_EQ(everything(call), first) << threads << " threads";
       }
     }
+  }
+}
+
+/// Five key blocks make two rounds of three, the four that exist one of four.
+TEST_P(Cpu, ABackwardOverFewerKeysStaysInItsWorkspace) {
+  Problem p = small_problem(1024, 1100, 16, 16);
+  p.implementation = GetParam();
+  p.config.block_q = p.config.block_k = 256;
+  p.config.routing = RoutingMode::kSoft;
+  SLA2_SKIP_IF_REFUSED(p, Pass::kBackward);
+  for (const std::int64_t threads : {1, 9}) {
+    Call call(p, 5, Layout::kDense, {1024});
+    const auto executor = make_thread_pool(threads);
+    call.run_forward(*executor);
+    call.run_backward(*executor);
+    EXPECT_TRUE(call.guards_intact()) << threads << " threads";
   }
 }
 
