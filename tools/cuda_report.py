@@ -15,9 +15,9 @@ from collections import defaultdict
 
 FORMATS = ["int8", "fp8", "bf16", "fp16", "fp32"]
 MOST_REGISTERS = 255
-# Bytes stored a thread: main kernels spill nothing but attend_kernel, which is held to 128 registers
-# so that two blocks share a multiprocessor; the rest (head sizes over 128, inputs of several bf16
-# terms) a little.
+# Bytes stored a thread: main kernels spill nothing but attend_kernel, which is held to 128
+# registers so that two blocks share a multiprocessor; the rest (head sizes over 128, inputs of
+# several bf16 terms) a little.
 SPILLS_OF_ATTEND = 96
 SPILLS_OF_OTHERS = 512
 
