@@ -25,7 +25,7 @@ std::int64_t most_places(const Job& job) {
 }
 /// Rounds of about equal size.
 std::int64_t round_places(const Job& job) {
-  const std::int64_t most = kRoundKeys / job.block_k;
+  const std::int64_t most = most_places(job);
   const std::int64_t rounds = (num_places(job) + most - 1) / most;
   return (num_places(job) + rounds - 1) / rounds;
 }

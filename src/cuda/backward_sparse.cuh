@@ -96,9 +96,8 @@ template <int kTerms, int D>
 SLA2_DEVICE void copy_rows(Bf16* tile, const Terms& from, std::int64_t at) {
   using S = Sizes<kTerms, D>;
   static_assert(S::kStep % S::kCopyRows == 0);
-  const int thread = thread_index();
-  const int row = thread / S::kUnits;
-  const int unit = thread % S::kUnits * 8;
+  const int row = thread_index() / S::kUnits;
+  const int unit = thread_index() % S::kUnits * 8;
   Bf16* const to = tile + row * S::kPitch + unit;
   const Bf16* const source = from.data + at + row * D + unit;
   SLA2_UNROLL for (int p = 0; p < kTerms; ++p) {
