@@ -25,18 +25,19 @@ SLA2_HOST_DEVICE int slices_at_once(int D, int terms) {
 }
 
 /// Shared memory of the linear branch: phi(q) of the block's rows, if it is computed here (bf16
-/// inputs, head size at most 128); slices of H_i; outputs on their way.
+/// inputs, head size at most 128); slices of H_i; outputs on their way; parked fragments of o_s.
 struct LinearLayout {
-  std::size_t slices, staging, total;  // offsets
+  std::size_t slices, staging, parked, total;  // offsets
 };
-template <int D>
+template <Format F, int D>
 SLA2_HOST_DEVICE LinearLayout linear_layout(const Call& c, int rows) {
   LinearLayout l;
   l.slices = kTilesAt;
   if (phi_in_attend(c)) l.slices += static_cast<std::size_t>(rows) * (D + 8) * sizeof(Bf16);
   l.staging =
       l.slices + static_cast<std::size_t>(slices_at_once(D, c.terms)) * slice_bytes(D, c.terms);
-  l.total = l.staging + static_cast<std::size_t>(rows) * kStagingStride * sizeof(float);
+  l.parked = l.staging + static_cast<std::size_t>(rows) * kStagingStride * sizeof(float);
+  l.total = l.parked + parked_bytes<F, D>(rows);
   return l;
 }
 
@@ -122,7 +123,7 @@ SLA2_DEVICE void load_slices(const Call& c, const Queries& q, Bf16* to, int slic
   constexpr int kUnits = kSlice / 8;
   const Bf16* from = c.sums.data + q.block_row(c) * c.S;
   const int total = count * c.terms * D * kUnits;
-  for (int at = thread_index(); at < total; at += block_threads()) {
+  for (int at = fresh_thread_index(); at < total; at += block_threads()) {
     const int unit = at % kUnits * 8;
     const int a = at / kUnits % D;
     const int plane = at / (kUnits * D);  // of slice, term
@@ -140,7 +141,7 @@ SLA2_DEVICE void load_slices(const Call& c, const Queries& q, Bf16* to, int slic
 template <bool kExact>
 SLA2_DEVICE void multiply_rows(const Bf16* rows, const std::uint32_t (&a)[4],
                                float (&acc)[kSlice / 8][4]) {
-  const int lane = lane_index();
+  const int lane = fresh_thread_index() % 32;
   SLA2_UNROLL for (int n = 0; n < kSlice / 8; n += 2) {
     std::uint32_t b[4];
     ldmatrix_x4_transposed(b, rows + lane % 16 * kSliceStride + n * 8 + lane / 16 * 8);
@@ -161,8 +162,9 @@ template <int D>
 SLA2_DEVICE void multiply_slice(const Call& c, const Queries& q, const Bf16* staged,
                                 float (&acc)[kSlice / 8][4]) {
   if (phi_in_attend(c)) {
-    const Bf16* phi = shared_memory<Bf16>(kTilesAt) +
-                      (warp_index() * 16 + lane_index() % 16) * (D + 8) + lane_index() / 16 * 8;
+    const int thread = fresh_thread_index();
+    const Bf16* phi = shared_memory<Bf16>(kTilesAt) + (thread / 32 * 16 + thread % 16) * (D + 8) +
+                      thread % 32 / 16 * 8;
     SLA2_UNROLL for (int step = 0; step < D / 16; ++step) {
       std::uint32_t a[4];
       ldmatrix_x4(a, phi + step * 16);
@@ -188,8 +190,10 @@ template <typename Value>
 SLA2_DEVICE void write_slice(const Call& c, const Queries& q, const Rows& to, int slice,
                              float* staging, Value value) {
   if (to.data == nullptr) return;
-  const int lane = lane_index();
-  float* const own = staging + warp_index() * 16 * kStagingStride;
+  const int thread = fresh_thread_index();
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  float* const own = staging + warp * 16 * kStagingStride;
   warp_barrier();
   SLA2_UNROLL for (int n = 0; n < kSlice / 8; ++n) {
     SLA2_UNROLL for (int r = 0; r < 2; ++r) {
@@ -201,7 +205,7 @@ SLA2_DEVICE void write_slice(const Call& c, const Queries& q, const Rows& to, in
   const int channel = slice * kSlice + lane % 8 * 4;
   if (channel >= c.dv) return;
   SLA2_NO_UNROLL for (int r = lane / 8; r < 16; r += 4) {
-    const int row = q.first + warp_index() * 16 + r;
+    const int row = q.first + warp * 16 + r;
     if (row >= q.end(c)) break;
     const Words4 words = load_16(own + r * kStagingStride + lane % 8 * 4);
     float x[4];
@@ -218,17 +222,34 @@ SLA2_DEVICE Rows workspace_rows(const Call& c, float* data) {
   return {data, c.H * head, head, c.dv, DType::kF32, true};
 }
 
-/// Linear branch and mix.
+/// The scales of 8-bit v for a slice of o_s.
 template <int D>
-SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) {
+SLA2_DEVICE void scale_values(const Call& c, const Queries& q, int slice, Running<D>& run) {
+  constexpr int kCount = kSlice / 8;
+  const float* scales =
+      c.v_scale + std::int64_t{q.key_head} * c.dv + slice * kSlice + fresh_thread_index() % 4 * 2;
+  SLA2_UNROLL for (int n = 0; n < kCount; ++n) {
+    Words2 scale{};
+    if ((slice * kCount + n) * 8 < c.dv) scale = load_8(scales + n * 8);
+    SLA2_UNROLL for (int e = 0; e < 4; ++e) {
+      run.o[slice * kCount + n][e] *= bits_to_float(scale.x[e % 2]);
+    }
+  }
+}
+
+/// Linear branch and mix.
+template <Format F, int D>
+SLA2_DEVICE void finish(const Call& c, const Queries& q, Running<D>& run) {
   const bool mixed = c.complement_empty[q.block_row(c)] == 0;
-  const LinearLayout layout = linear_layout<D>(c, block_threads() / 2);
+  const LinearLayout layout = linear_layout<F, D>(c, block_threads() / 2);
   const int at_once = slices_at_once(D, c.terms);
   Bf16* slices = shared_memory<Bf16>(layout.slices);
   float* staging = shared_memory<float>(layout.staging);
   float inverse[2] = {};
   float alpha = 0.5f;
   block_barrier();  // the tiles of the sparse branch have been read
+  constexpr int kHeld = Sparse<F, D>::kHeld;
+  SLA2_UNROLL for (int n = kHeld; n < D / 8; ++n) park<F, D>(run, n, layout.parked);
   if (mixed) {
     load_slices<D>(c, q, slices, 0, at_once);
     if (phi_in_attend(c)) {
@@ -242,6 +263,11 @@ SLA2_DEVICE void finish(const Call& c, const Queries& q, const Running<D>& run) 
     }
   }
   SLA2_UNROLL for (int slice = 0; slice < D / kSlice; ++slice) {
+    constexpr int kOfSlice = kSlice / 8;
+    SLA2_UNROLL for (int n = slice * kOfSlice; n < (slice + 1) * kOfSlice; ++n) {
+      if (n >= kHeld) fetch<F, D>(run, n, layout.parked);
+    }
+    if constexpr (Sparse<F, D>::kLowBit) scale_values(c, q, slice, run);
     float acc[kSlice / 8][4] = {};
     if (mixed) {
       if (slice % at_once == 0) {
@@ -300,16 +326,15 @@ void attend_kernel(Call c) {
       if (q.valid(c, r)) c.lse[q.line(c, r)] = lse[r];
     }
   }
-  finish<D>(c, q, run);
+  finish<F, D>(c, q, run);
 }
 
 template <Format F, int D>
 void launch_attend(const Call& c, void* stream) {
   using S = Sparse<F, D>;
   const int rows = c.bq < 128 ? c.bq : 128;
-  const std::size_t sparse =
-      S::kQueriesAt + static_cast<std::size_t>(rows) * static_cast<std::size_t>(S::kQueryStride);
-  const std::size_t linear = linear_layout<D>(c, rows).total;
+  const std::size_t sparse = S::parked_at(rows) + parked_bytes<F, D>(rows);
+  const std::size_t linear = linear_layout<F, D>(c, rows).total;
   launch(stream, attend_kernel<F, D>, {std::int64_t{c.B} * c.H * c.M * (c.bq / rows)}, rows * 2,
          sparse < linear ? linear : sparse, c);
 }

@@ -1,9 +1,10 @@
 // Step 2 (Eq. 14): softmax attention of 16 query rows a warp over the routed key blocks.
 // Keys come in tiles (16 to 64), made of parts that lie in one key block each; the maximum is the
 // running one, taken tile by tile (int8: a chunk is one tile, p = round(255 exp(s - running max))).
-// Scores, weights and outputs stay in registers: the fragments of the scores are those of p, which
-// is why 8-bit v is stored in permuted key order. s32 sums start at the integer form of 1.5 * 2^23,
-// so that their bits, read as a float, are that number plus the sum: no conversion.
+// Scores, weights and outputs (all but kParked fragments) stay in registers: the fragments of the
+// scores are those of p, which is why 8-bit v is stored in permuted key order. s32 sums start at
+// the integer form of 1.5 * 2^23, so that their bits, read as a float, are that number plus the
+// sum: no conversion.
 #pragma once
 
 #include "cuda/rows.cuh"
@@ -15,7 +16,13 @@ inline constexpr std::int32_t kMagicBits = 0x4b400000;
 inline constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 inline constexpr float kLog2Of448 = 8.807354922057604f;
 inline constexpr std::size_t kTilesAt = 64;  // shared memory in front: Queries
-inline constexpr float kLowest = -3.0e38f;   // a running maximum before the first key
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+inline constexpr bool kLargeSharedMemory = false;  // 100 KiB a multiprocessor
+#else
+inline constexpr bool kLargeSharedMemory = true;  // 164 KiB or more
+#endif
+inline constexpr float kLowest = -3.0e38f;  // a running maximum before the first key
 
 template <Format F, int D>
 struct Sparse {
@@ -40,8 +47,16 @@ struct Sparse {
   static constexpr std::size_t kEntriesAt = kTilesAt + std::size_t{kStages} * kStageBytes;
   static constexpr std::size_t kQueriesAt = kEntriesAt + 64 * 16;
   static constexpr int kQueryStride = kSharedQ ? D * kBytes + 16 : 0;
-  // Two blocks a multiprocessor hide each other's waits; 128 registers a thread.
-  static constexpr int kBlocks = kSharedQ ? 2 : 1;
+  static constexpr int kQueryScale = D * kBytes;  // low-bit, kSharedQ: the row's scale, behind it
+  // Two blocks a multiprocessor hide each other's waits where its shared memory has room for them;
+  // 128 registers a thread.
+  static constexpr int kBlocks = kSharedQ && (kLargeSharedMemory || (kLowBit && D <= 64)) ? 2 : 1;
+  // The last fragments of o lie in shared memory between tiles: 128 registers hold no more.
+  static constexpr int kParked = D != 128 ? 0 : F == Format::kInt8 ? 1 : F == Format::kFp8 ? 10 : 0;
+  static constexpr int kHeld = D / 8 - kParked;
+  SLA2_HOST_DEVICE static std::size_t parked_at(int rows) {
+    return kQueriesAt + static_cast<std::size_t>(rows) * std::size_t{kQueryStride};
+  }
   static constexpr float kLimit = F == Format::kInt8 ? 255.0f : F == Format::kFp8 ? 448.0f : 1.0f;
 };
 
@@ -75,6 +90,25 @@ struct Running {
   float max[2];       // of the scores in units of ln 2
   float sum[2];       // low-bit: of the row; else of this thread's keys
 };
+
+/// Fragment n >= kHeld of o, to and from shared memory at `base`.
+template <Format F, int D>
+SLA2_HOST_DEVICE std::size_t parked_bytes(int rows) {
+  return static_cast<std::size_t>(Sparse<F, D>::kParked * rows * 2) * sizeof(Words4);
+}
+template <Format F, int D>
+SLA2_DEVICE void park(const Running<D>& run, int n, std::size_t base) {
+  Words4 words;
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) words.x[e] = float_to_bits(run.o[n][e]);
+  const int place = (D / 8 - 1 - n) * block_threads() + thread_index();
+  store_16(shared_memory<Words4>(base) + place, words);
+}
+template <Format F, int D>
+SLA2_DEVICE void fetch(Running<D>& run, int n, std::size_t base) {
+  const int place = (D / 8 - 1 - n) * block_threads() + thread_index();
+  const Words4 words = load_16(shared_memory<Words4>(base) + place);
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] = bits_to_float(words.x[e]);
+}
 
 // ---- Routed blocks ---------------------------------------------------------------------------
 
@@ -150,13 +184,14 @@ SLA2_DEVICE Part part_of(const Call& c, int index) {
 /// body(0) to body(kCount - 1), spread over the block's threads.
 template <int kCount, typename Body>
 SLA2_DEVICE void spread(const Body& body) {
+  const int thread = fresh_thread_index();
   if (block_threads() == kAttendThreads) {
     SLA2_UNROLL for (int first = 0; first < kCount; first += kAttendThreads) {
-      const int at = first + thread_index();
+      const int at = first + thread;
       if (kCount % kAttendThreads == 0 || at < kCount) body(at);
     }
   } else {
-    SLA2_NO_UNROLL for (int at = thread_index(); at < kCount; at += block_threads()) body(at);
+    SLA2_NO_UNROLL for (int at = thread; at < kCount; at += block_threads()) body(at);
   }
 }
 
@@ -241,6 +276,42 @@ struct QueryFragments {
       row_fragment(c.q_low, c, q, D * S::kBytes, step, fragment);
     }
   }
+};
+
+/// What the scores of this thread's two rows are multiplied by, log2(e) included.
+template <Format F, int D>
+class RowScales {
+ public:
+  SLA2_DEVICE RowScales(const Call& c, const Queries& q)
+      : unit_((F == Format::kF16 ? 2.0f : 1.0f) * c.scale * kLog2E) {  // kF16 holds Ks / 2
+    if constexpr (S::kLowBit) {
+      SLA2_UNROLL for (int r = 0; r < 2; ++r) {
+        const float scale = c.q_scale[q.line(c, r)] * unit_;
+        if constexpr (!kIsShared) {
+          kept_[r] = scale;
+        } else if (lane_index() % 4 == 0) {
+          *place(r) = scale;
+        }
+      }
+      warp_barrier();
+    }
+  }
+  [[nodiscard]] SLA2_DEVICE float of(int r) const {
+    if constexpr (!S::kLowBit) return unit_;
+    if constexpr (!kIsShared) return kept_[r];
+    return *place(r);
+  }
+
+ private:
+  using S = Sparse<F, D>;
+  static constexpr bool kIsShared = S::kLowBit && S::kSharedQ;  // registers are short there
+  SLA2_DEVICE static float* place(int r) {
+    return shared_memory<float>(
+        S::kQueriesAt + S::kQueryScale +
+        static_cast<std::size_t>(warp_index() * 16 + lane_index() / 4 + 8 * r) * S::kQueryStride);
+  }
+  float unit_;
+  float kept_[2] = {};
 };
 
 // ---- Products --------------------------------------------------------------------------------
@@ -353,6 +424,10 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
       p[n / 4][n / 2 % 2 * 2 + r] = word;
     }
   }
+  // Always 0, which the compiler cannot know: it starts no product before the last exponential, as
+  // it would at the cost of o's registers.
+  const auto zero = static_cast<std::uint32_t>(block_y());
+  SLA2_UNROLL for (int e = 0; e < 4; ++e) p[0][e] |= p[1][e] & zero;
   if constexpr (F == Format::kInt8) {
     std::int32_t total[4] = {};
     mma_u8_s8(total, p[0], 0x01010101u, 0x01010101u);
@@ -369,6 +444,7 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
   SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
     // Keeps the compiler from loading many fragments ahead, which would cost it the registers of o.
     if (n % 4 != 0) warp_barrier();
+    if (n >= S::kHeld) fetch<F, D>(run, n, S::parked_at(block_threads() / 2));
     std::uint32_t v[4];
     ldmatrix_x4(v, fragment_row(values, n * 8, S::kValueStride, 0));
     if constexpr (F == Format::kInt8) {
@@ -387,6 +463,7 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
         run.o[n][e] = fused(run.o[n][e], correction[e / 2], dot[e]);
       }
     }
+    if (n >= S::kHeld) park<F, D>(run, n, S::parked_at(block_threads() / 2));
   }
 }
 
@@ -443,11 +520,12 @@ SLA2_DEVICE void weigh_16(const unsigned char* values, const float (&s)[Sparse<F
 
 /// Scores of one tile to weights exp2(s - max): scales, masks, moves the running maximum.
 template <Format F, int D>
-SLA2_DEVICE void soften(const Call& c, int tile, const float (&row_scale)[2],
+SLA2_DEVICE void soften(const Call& c, int tile, const RowScales<F, D>& scales,
                         float (&s)[Sparse<F, D>::kScores][4], Running<D>& run,
                         float (&correction)[2]) {
   using S = Sparse<F, D>;
   constexpr int kPerPart = S::kPartKeys / 8;
+  const float row_scale[2] = {scales.of(0), scales.of(1)};
   float max[2] = {run.max[0], run.max[1]};
   SLA2_UNROLL for (int p = 0; p < S::kParts; ++p) {
     const Part part = part_of<F, D>(c, tile * S::kParts + p);
@@ -490,25 +568,22 @@ SLA2_DEVICE void soften(const Call& c, int tile, const float (&row_scale)[2],
   }
 }
 
-/// All routed keys of the warp's rows. Afterwards run.o is o_s, `lse` the natural log of the sum.
+/// All routed keys of the warp's rows. Afterwards run.o is o_s (low-bit: before the scales of v),
+/// `lse` the natural log of the sum.
 template <Format F, int D>
 SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run, float (&lse)[2]) {
   using S = Sparse<F, D>;
   QueryFragments<F, D> fragments;
-  float q_scale[2] = {1, 1};
   if constexpr (S::kSharedQ) load_queries<F, D>(c, q);
   if constexpr (S::kKeptQ) {
     SLA2_UNROLL for (int step = 0; step < S::kSteps; ++step) {
       row_fragment(c.q_low, c, q, D * S::kBytes, step, fragments.kept[step]);
     }
   }
-  if constexpr (S::kLowBit) {
-    SLA2_UNROLL for (int r = 0; r < 2; ++r) q_scale[r] = c.q_scale[q.line(c, r)];
-  }
-  const float unit = (F == Format::kF16 ? 2.0f : 1.0f) * c.scale * kLog2E;  // kF16 holds Ks / 2
-  const float row_scale[2] = {q_scale[0] * unit, q_scale[1] * unit};
+  const RowScales<F, D> scales(c, q);
   SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
     SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] = 0;
+    if (n >= S::kHeld) park<F, D>(run, n, S::parked_at(block_threads() / 2));
   }
   SLA2_UNROLL for (int r = 0; r < 2; ++r) {
     run.max[r] = kLowest;
@@ -547,7 +622,7 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     } else {
       score<F, D>(c, q, keys, fragments, s);
     }
-    soften<F, D>(c, tile, row_scale, s, run, correction);
+    soften<F, D>(c, tile, scales, s, run, correction);
     if constexpr (S::kLowBit) {
       weigh_low_bit<F, D>(values, s, correction, run);
     } else {
@@ -555,10 +630,13 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
     }
   }
 
+  SLA2_UNROLL for (int n = S::kHeld; n < D / 8; ++n) {
+    fetch<F, D>(run, n, S::parked_at(block_threads() / 2));
+  }
   float poison[2] = {};
   SLA2_UNROLL for (int r = 0; r < 2; ++r) {
     if constexpr (S::kLowBit) {
-      poison[r] += row_scale[r] - row_scale[r];
+      poison[r] += scales.of(r) - scales.of(r);
     } else {
       run.sum[r] += shuffle_xor(run.sum[r], 1);
       run.sum[r] += shuffle_xor(run.sum[r], 2);
@@ -571,14 +649,6 @@ SLA2_DEVICE void sparse_branch(const Call& c, const Queries& q, Running<D>& run,
         float& o = run.o[n][2 * r + e];
         o = o * inverse + poison[r];
       }
-    }
-  }
-  if constexpr (S::kLowBit) {
-    const float* scales = c.v_scale + std::int64_t{q.key_head} * c.dv + lane_index() % 4 * 2;
-    SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
-      Words2 scale{};
-      if (n * 8 < c.dv) scale = load_8(scales + n * 8);
-      SLA2_UNROLL for (int e = 0; e < 4; ++e) run.o[n][e] *= bits_to_float(scale.x[e % 2]);
     }
   }
 }
