@@ -52,7 +52,7 @@ struct Sparse {
   // 128 registers a thread.
   static constexpr int kBlocks = kSharedQ && (kLargeSharedMemory || (kLowBit && D <= 64)) ? 2 : 1;
   // The last fragments of o lie in shared memory between tiles: 128 registers hold no more.
-  static constexpr int kParked = D != 128 ? 0 : F == Format::kInt8 ? 1 : F == Format::kFp8 ? 10 : 0;
+  static constexpr int kParked = D != 128 ? 0 : F == Format::kInt8 ? 1 : F == Format::kFp8 ? 7 : 0;
   static constexpr int kHeld = D / 8 - kParked;
   SLA2_HOST_DEVICE static std::size_t parked_at(int rows) {
     return kQueriesAt + static_cast<std::size_t>(rows) * std::size_t{kQueryStride};
@@ -443,7 +443,7 @@ SLA2_DEVICE void weigh_low_bit(const unsigned char* values,
   }
   SLA2_UNROLL for (int n = 0; n < D / 8; ++n) {
     // Keeps the compiler from loading many fragments ahead, which would cost it the registers of o.
-    if (n % 4 != 0) warp_barrier();
+    if (F == Format::kFp8 || n % 4 != 0) warp_barrier();
     if (n >= S::kHeld) fetch<F, D>(run, n, S::parked_at(block_threads() / 2));
     std::uint32_t v[4];
     ldmatrix_x4(v, fragment_row(values, n * 8, S::kValueStride, 0));
