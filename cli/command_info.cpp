@@ -80,7 +80,7 @@ void print_machine() {
     problem.device = implementation->device;
     for (const auto& [name, pass] : passes) {
       const std::string refusal = implementation->refusal(problem, pass);
-      fmt::print("  {:<14}{:<10}{}\n", implementation->name, name,
+      fmt::print("  {:<16}{:<10}{}\n", implementation->name, name,
                  refusal.empty() ? "yes" : "no: " + refusal);
     }
   }

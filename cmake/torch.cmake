@@ -28,3 +28,11 @@ target_link_libraries(torch::torch INTERFACE torch::headers
   ${SLA2_TORCH_DIR}/lib/libtorch_cpu.so ${SLA2_TORCH_DIR}/lib/libc10.so)
 target_link_options(torch::torch INTERFACE -Wl,--allow-shlib-undefined)
 set(CMAKE_BUILD_RPATH ${SLA2_TORCH_DIR}/lib)
+
+# A unit that includes torch/torch.h takes 5 s to read the precompiled header and 5 more for the code
+# of torch's own templates, whatever is in it. -DSLA2_UNITY=OFF: one file a unit, for who changes one
+# file after the other.
+option(SLA2_UNITY "Compile the sources that include torch in batches" ON)
+function(sla2_compile_in_batches target size)
+  set_target_properties(${target} PROPERTIES UNITY_BUILD ${SLA2_UNITY} UNITY_BUILD_BATCH_SIZE ${size})
+endfunction()

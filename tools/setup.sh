@@ -32,18 +32,30 @@ if ! .venv/bin/python -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2
   rm -rf .venv
   python3 -m venv .venv
 fi
+# SLA2_CUDA=ON or OFF: with or without the CUDA backend; SLA2_CUDA_ARCHITECTURES: some of its
+# architectures, as "86-real;90-real". The choice stays until the next one.
+build=build/release
+configure() {
+  cmake --preset release ${SLA2_CUDA:+-DSLA2_CUDA="$SLA2_CUDA"} \
+    ${SLA2_CUDA_ARCHITECTURES:+-DSLA2_CUDA_ARCHITECTURES="$SLA2_CUDA_ARCHITECTURES"} \
+    -DSLA2_TORCH="$1" > /dev/null
+}
 if ! cmp -s tools/requirements.txt .venv/requirements.installed; then
   # SLA2_TORCH_INDEX=https://download.pytorch.org/whl/cpu: PyTorch without CUDA, a tenth of the size.
   echo "setup: installing Python packages (PyTorch is about 4.6 GB with CUDA; SLA2_TORCH_INDEX chooses)"
   .venv/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt \
-    ${SLA2_TORCH_INDEX:+--extra-index-url "$SLA2_TORCH_INDEX"}
+    ${SLA2_TORCH_INDEX:+--extra-index-url "$SLA2_TORCH_INDEX"} &
+  packages=$!
+  trap 'kill $packages 2> /dev/null || true' EXIT
+  configure OFF  # meanwhile what needs no torch
+  cmake --build $build
+  wait $packages
+  trap - EXIT
   cp tools/requirements.txt .venv/requirements.installed
-fi
-
-build=build/release
-# SLA2_CUDA=ON or OFF: with or without the CUDA backend; the choice stays until the next one.
-if [ -n "${SLA2_CUDA:-}" ] || [ ! -f $build/build.ninja ]; then
-  cmake --preset release ${SLA2_CUDA:+-DSLA2_CUDA="$SLA2_CUDA"} > /dev/null
+  configure ON
+elif [ -n "${SLA2_CUDA:-}" ] || [ ! -f $build/build.ninja ] ||
+  ! grep -q '^SLA2_TORCH:BOOL=ON' $build/CMakeCache.txt; then
+  configure ON
 fi
 cmake --build $build
 site=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

@@ -23,7 +23,7 @@ using torch::Tensor;
 
 namespace {
 
-constexpr std::size_t kMaxResultBytes = 1 << 20;
+constexpr std::size_t kMaxComparisonBytes = 1 << 20;
 
 struct VariantResult {
   double val_loss = 0;
@@ -63,7 +63,7 @@ json identity_of(const Variant& variant, const std::vector<ComparedClip>& clips,
 std::optional<VariantResult> read_result(const fs::path& base, const json& identity) {
   const fs::path done = base.string() + ".json", tensors = base.string() + ".safetensors";
   if (!fs::exists(done) || !fs::exists(tensors)) return std::nullopt;
-  const json saved = io::parse_json(io::read_file(done, kMaxResultBytes), done.string());
+  const json saved = io::parse_json(io::read_file(done, kMaxComparisonBytes), done.string());
   if (!saved.is_object() || saved.value("identity", json()) != identity) return std::nullopt;
   VariantResult result;
   result.val_loss = saved.at("val_loss").get<double>();

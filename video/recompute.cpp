@@ -49,7 +49,7 @@ class AutocastScope {
   AutocastSettings outer_;
 };
 
-struct Call : torch::CustomClassHolder {
+struct Recomputed : torch::CustomClassHolder {
   RecomputedBody body;
   std::size_t num_inputs = 0;
   std::vector<torch::Tensor> parameters;
@@ -59,7 +59,7 @@ struct Call : torch::CustomClassHolder {
 class Recompute : public torch::autograd::Function<Recompute> {
  public:
   static torch::Tensor forward(torch::autograd::AutogradContext* context,
-                               const c10::intrusive_ptr<Call>& call, at::TensorList tensors) {
+                               const c10::intrusive_ptr<Recomputed>& call, at::TensorList tensors) {
     const std::vector<torch::Tensor> inputs(
         tensors.begin(), tensors.begin() + static_cast<std::ptrdiff_t>(call->num_inputs));
     // Parameters are saved for the check of their versions alone: they must not change before the
@@ -73,7 +73,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list d_out) {
     const auto call =
-        c10::static_intrusive_pointer_cast<Call>(context->saved_data["call"].toCapsule());
+        c10::static_intrusive_pointer_cast<Recomputed>(context->saved_data["call"].toCapsule());
     const torch::autograd::variable_list saved = context->get_saved_variables();
     const at::AutoGradMode with_graph(true);
     const AutocastScope scope(call->autocast);
@@ -108,7 +108,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
 
 torch::Tensor recompute_in_backward(RecomputedBody body, std::vector<torch::Tensor> inputs,
                                     std::vector<torch::Tensor> parameters) {
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<Recomputed>();
   call->body = std::move(body);
   call->num_inputs = inputs.size();
   call->autocast = AutocastSettings::current();

@@ -17,15 +17,6 @@ namespace {
 
 using Grid = std::array<std::int64_t, 3>;
 
-/// What depends on the grid, the token order and the device alone.
-struct Layout {
-  Grid grid{};
-  torch::Device device = torch::kCPU;
-  torch::Tensor rotary;       // [N, 1, D / 2] complex64, in token order
-  torch::Tensor permutation;  // [N] int64; undefined: raster
-  torch::Tensor inverse;      // [N] int64; undefined: raster
-};
-
 std::string text_of(at::IntArrayRef sizes) { return fmt::format("[{}]", fmt::join(sizes, ", ")); }
 
 /// x [B, C, F, H, W] -> [B, N, C * pt * ph * pw], tokens in raster order.
@@ -46,6 +37,15 @@ torch::Tensor unpatchify(const torch::Tensor& tokens, const Grid& grid, const Gr
 }  // namespace
 
 struct WanTransformerImpl::State {
+  /// What depends on the grid, the token order and the device alone.
+  struct Layout {
+    Grid grid{};
+    torch::Device device = torch::kCPU;
+    torch::Tensor rotary;       // [N, 1, D / 2] complex64, in token order
+    torch::Tensor permutation;  // [N] int64; undefined: raster
+    torch::Tensor inverse;      // [N] int64; undefined: raster
+  };
+
   WanConfig config;
   Affine patch_embedding{nullptr};  // of a convolution whose windows do not overlap
   ConditionEmbedder condition_embedder{nullptr};
@@ -74,7 +74,8 @@ struct WanTransformerImpl::State {
   }
 };
 
-const Layout& WanTransformerImpl::State::layout_for(const Grid& grid, const torch::Device& device) {
+const WanTransformerImpl::State::Layout& WanTransformerImpl::State::layout_for(
+    const Grid& grid, const torch::Device& device) {
   if (layout && layout->grid == grid && layout->device == device) return *layout;
   // The cache outlives this forward: it must be usable by one that records gradients.
   const c10::InferenceMode outside_inference_mode(false);
@@ -137,7 +138,7 @@ torch::Tensor WanTransformerImpl::forward(const torch::Tensor& x, const torch::T
   state.check_inputs(x, timestep, text);
   state.finite.clear();
   const Grid tokens_grid = grid(x.size(2), x.size(3), x.size(4));
-  const Layout& layout = state.layout_for(tokens_grid, x.device());
+  const State::Layout& layout = state.layout_for(tokens_grid, x.device());
   const bool autocast = at::autocast::is_autocast_enabled(x.device().type());
   const auto typed = [&](const torch::Tensor& t, const torch::Tensor& weight) {
     return autocast ? t : t.to(weight.scalar_type());
