@@ -41,6 +41,13 @@ Row read_row(const reference::Head<double>& head, const Problem& p, const std::i
   return result;
 }
 
+/// How many units the sum of a row's p may differ by: keys that cross a half, or another grid.
+double units_of(const Row& row, Chunks chunks) {
+  const double flips = 2 * kReach * row.sum / 255;
+  const double other = chunks == Chunks::kOther ? row.keys / 6 : 0;
+  return flips + 3 * std::sqrt(flips) + 2 + 5 * std::sqrt(other) / 2;
+}
+
 }  // namespace
 
 void expect_integers_close(Call& call, const reference::RoutingResult<double>& routing,
@@ -67,7 +74,7 @@ void expect_integers_close(Call& call, const reference::RoutingResult<double>& r
       const double flips = 2 * kReach * what.sum / 255;
       const double one = 2 * widest / what.sum;
       const double other = chunks == Chunks::kOther ? what.keys / 6 : 0;
-      const double most = one * (flips + 3 * std::sqrt(flips) + 2 + 5 * std::sqrt(other) / 2);
+      const double most = one * units_of(what, chunks);
       double norm = 0;
       double error = 0;
       for (std::int64_t c = 0; c < s.dv; ++c) {
@@ -92,6 +99,29 @@ void expect_integers_close(Call& call, const reference::RoutingResult<double>& r
   const double bound = 2 * std::sqrt(expected) + 2 * largest;
   EXPECT_TRUE(std::sqrt(squares) <= bound)
       << "out_sparse against int8 emulated: error " << std::sqrt(squares) << ", bound " << bound;
+}
+
+void expect_integer_lse_close(Call& call, const reference::RoutingResult<double>& routing,
+                              const std::vector<float>& emulated, Chunks chunks) {
+  const Problem& p = call.problem;
+  const auto operands = call.operands<double>();
+  const reference::Sizes s(p);
+  const auto smoothed = reference::smooth(p, operands);
+  const std::vector<double> ours = call.lse.values();
+  for (std::int64_t at = 0; at < s.B * s.H; ++at) {
+    const auto head = reference::make_head(s, operands, smoothed.ks, at / s.H, at % s.H);
+    for (std::int64_t row = 0; row < s.Nq; ++row) {
+      const Row what =
+          read_row(head, p, &routing.blocks[(at * s.M + row / s.bq) * max_routed_blocks(p)], row);
+      const auto wanted = static_cast<double>(emulated[at * s.Nq + row]);
+      // lse = max + log(S / 255), both rounded.
+      const double size = std::abs(wanted) + 2 * std::log(what.sum / 255);
+      const double bound = units_of(what, chunks) / what.sum + 4.1 * kSumError * size;
+      const double error = std::abs(ours[at * s.Nq + row] - wanted);
+      ASSERT_TRUE(error <= bound) << "lse against int8 emulated, head " << at << ", row " << row
+                                  << ": error " << error << ", bound " << bound;
+    }
+  }
 }
 
 }  // namespace sla2::test

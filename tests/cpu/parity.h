@@ -110,41 +110,63 @@ inline double stored_error(const std::vector<double>& exact, DType dtype) {
 
 /// Ours may be at most twice as far from the exact result as the naive run in the same precision,
 /// plus what rounding costs any run: `floor` for its sums.
+inline double close_bound(const std::vector<float>& naive, const std::vector<double>& exact,
+                          DType dtype, double floor) {
+  return 2 * relative_error(naive, exact) + floor + stored_error(exact, dtype);
+}
+/// The same rule for the worst `rows` rows: a norm over a whole tensor forgives one wrong row or
+/// block. There the floors are those of extremes: storing costs half a unit of the last place, and
+/// the largest of R Gaussian errors is sqrt(2 ln R) deviations, 4.1 for 4096 rows, where the rule
+/// for the whole speaks of one.
+inline double close_bound_of_rows(const std::vector<float>& naive, const std::vector<double>& exact,
+                                  DType dtype, std::size_t part, double floor) {
+  return 2 * worst_part_error(naive, exact, part) + 4.1 * floor + 2 * storage_error(dtype);
+}
+
 template <typename Ours>
 void expect_close(const char* what, const std::vector<Ours>& ours, const std::vector<float>& naive,
                   const std::vector<double>& exact, DType dtype, double floor = kSumError) {
   ASSERT_EQ(ours.size(), exact.size()) << what;
-  double scale = 0;
-  for (const double x : exact) scale = std::max(scale, std::abs(x));
-  if (scale == 0) {
+  if (largest(exact) == 0) {
     // Terms of order d that cancel exactly in exact arithmetic (one key: dP = Ds).
     for (const Ours x : ours) ASSERT_LE(std::abs(static_cast<double>(x)), kSumError) << what;
     return;
   }
-  const double bound = 2 * relative_error(naive, exact) + floor + stored_error(exact, dtype);
+  const double bound = close_bound(naive, exact, dtype, floor);
   const double error = relative_error(ours, exact);
   EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
 }
 
-/// expect_close for a tensor of rows of `width` values, and the same rule for the worst row and the
-/// worst 32 rows: a norm over a whole tensor forgives one wrong row or block. There the floors are
-/// those of extremes: storing costs half a unit of the last place, and the largest of R Gaussian
-/// errors is sqrt(2 ln R) deviations, 4.1 for 4096 rows, where the rule for the whole speaks of
-/// one.
+/// expect_close for a tensor of rows of `width` values, and for its worst row and 32 rows.
 template <typename Ours>
 void expect_rows_close(const char* what, const std::vector<Ours>& ours,
                        const std::vector<float>& naive, const std::vector<double>& exact,
                        DType dtype, std::int64_t width, double floor = kSumError) {
   expect_close(what, ours, naive, exact, dtype, floor);
-  if (std::all_of(exact.begin(), exact.end(), [](double x) { return x == 0; })) return;
+  if (largest(exact) == 0) return;
   for (const std::int64_t rows : {1, 32}) {
     const auto part = static_cast<std::size_t>(rows * width);
-    const double bound =
-        2 * worst_part_error(naive, exact, part) + 4.1 * floor + 2 * storage_error(dtype);
+    const double bound = close_bound_of_rows(naive, exact, dtype, part, floor);
     const double error = worst_part_error(ours, exact, part);
     EXPECT_TRUE(error <= bound) << what << ": the worst of every " << rows
                                 << " rows: relative error " << error << ", bound " << bound;
   }
+}
+
+/// Whether expect_rows_close would be content; `exact` is not all zeros.
+template <typename Ours>
+bool rows_are_close(const std::vector<Ours>& ours, const std::vector<float>& naive,
+                    const std::vector<double>& exact, DType dtype, std::int64_t width,
+                    double floor) {
+  if (!(relative_error(ours, exact) <= close_bound(naive, exact, dtype, floor))) return false;
+  for (const std::int64_t rows : {1, 32}) {
+    const auto part = static_cast<std::size_t>(rows * width);
+    if (!(worst_part_error(ours, exact, part) <=
+          close_bound_of_rows(naive, exact, dtype, part, floor))) {
+      return false;
+    }
+  }
+  return true;
 }
 
 /// o_s of precision int8 against the reference's emulation. Both quantise q, ks and v to the same
@@ -157,6 +179,9 @@ void expect_rows_close(const char* what, const std::vector<Ours>& ours,
 enum class Chunks : std::uint8_t { kSame, kOther };
 void expect_integers_close(Call& call, const reference::RoutingResult<double>& routing,
                            const std::vector<float>& emulated, Chunks chunks);
+/// The lse of such rows: S is known to within as many units.
+void expect_integer_lse_close(Call& call, const reference::RoutingResult<double>& routing,
+                              const std::vector<float>& emulated, Chunks chunks);
 
 /// One call: what is not set is small_problem's.
 struct ParityCase {
