@@ -9,7 +9,17 @@ import math
 import pathlib
 from xml.sax.saxutils import escape
 
-COLOURS = ["#0b6e99", "#c4560b", "#2b8a3e", "#862e9c", "#868e96", "#495057", "#b8860b", "#c2255c"]
+COLOURS = [
+    "#0b6e99",
+    "#c4560b",
+    "#2b8a3e",
+    "#862e9c",
+    "#868e96",
+    "#495057",
+    "#b8860b",
+    "#c2255c",
+    "#1098ad",
+]
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 460, 80, 230, 44, 60
 
 
@@ -133,7 +143,13 @@ def stage_plot(rows, title):
             )
             if width > 34:
                 parts.append(
-                    text(left + width / 2, top + 20, f"{ms:.2g}", size=11, more='fill="#fff"')
+                    text(
+                        left + width / 2,
+                        top + 20,
+                        f"{ms:.2g}" if ms < 10 else f"{ms:.0f}",
+                        size=11,
+                        more='fill="#fff"',
+                    )
                 )
             left += width
         parts.append(
