@@ -102,5 +102,40 @@ TEST(Judge, ComparesIntegersWithTheEmulation) {
   EXPECT_TRUE(has(text, "out_sparse against int8 emulated, head 0, row 74")) << text;
 }
 
+/// The lse of one row off by 2%, in int8.
+TEST(Judge, RefusesAWrongSumOfIntegers) {
+  Problem problem = small_problem(75, 200, 64, 64);
+  problem.config.precision = Precision::kInt8;
+  problem.implementation = "cpu_baseline";
+  Call call(problem, 7);
+  SerialExecutor serial;
+  call.run_forward(serial);
+  expect_forward(call);
+  call.lse[74] *= 1.02F;
+  const std::string text = failures_of([&] { expect_forward(call); });
+  EXPECT_TRUE(has(text, "lse against int8 emulated, head 0, row 74")) << text;
+}
+
+/// One row of a gradient, and a router's, off by 1e-3: the second opinion of what cancels does not
+/// excuse that.
+TEST(Judge, RefusesWrongGradients) {
+  Problem problem = small_problem(75, 200, 64, 64);
+  problem.config.precision = Precision::kFp32;
+  problem.config.routing = RoutingMode::kSoft;
+  problem.implementation = "cpu_baseline";
+  Call call(problem, 7);
+  SerialExecutor serial;
+  call.run_forward(serial);
+  call.run_backward(serial);
+  expect_backward(call);
+  auto d_k = call.d_k.values();
+  for (std::int64_t c = 0; c < 64; ++c) d_k[12 * 64 + c] *= 1.001;
+  call.d_k.set(d_k);
+  for (std::int64_t i = 0; i < call.d_proj_q.size(); ++i) call.d_proj_q[i] *= 1.001F;
+  const std::string text = failures_of([&] { expect_backward(call); });
+  EXPECT_TRUE(has(text, "d_k: the worst of every 1 rows")) << text;
+  EXPECT_TRUE(has(text, "d_proj_q")) << text;
+}
+
 }  // namespace
 }  // namespace sla2::test
