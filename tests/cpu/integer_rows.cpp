@@ -19,6 +19,17 @@ constexpr double kReach = 0.03;
 struct Row {
   double keys = 0;  // routed ones
   double sum = 0;   // S, in units of p: 255 for the largest
+
+  /// Keys that lie so near a half that their p may differ by one, on average.
+  [[nodiscard]] double flips() const { return 2 * kReach * sum / 255; }
+  /// The variance of the sum of p between two grids.
+  [[nodiscard]] double grid_variance(Chunks chunks) const {
+    return chunks == Chunks::kOther ? keys / 6 : 0;
+  }
+  /// How many units the sum may differ by.
+  [[nodiscard]] double most_units(Chunks chunks) const {
+    return flips() + 3 * std::sqrt(flips()) + 2 + 5 * std::sqrt(grid_variance(chunks)) / 2;
+  }
 };
 
 Row read_row(const reference::Head<double>& head, const Problem& p, const std::int32_t* blocks,
@@ -39,13 +50,6 @@ Row read_row(const reference::Head<double>& head, const Problem& p, const std::i
   Row result{static_cast<double>(scores.size()), 0};
   for (const double score : scores) result.sum += 255 * std::exp(score - top);
   return result;
-}
-
-/// How many units the sum of a row's p may differ by: keys that cross a half, or another grid.
-double units_of(const Row& row, Chunks chunks) {
-  const double flips = 2 * kReach * row.sum / 255;
-  const double other = chunks == Chunks::kOther ? row.keys / 6 : 0;
-  return flips + 3 * std::sqrt(flips) + 2 + 5 * std::sqrt(other) / 2;
 }
 
 }  // namespace
@@ -71,10 +75,8 @@ void expect_integers_close(Call& call, const reference::RoutingResult<double>& r
     for (std::int64_t row = 0; row < s.Nq; ++row) {
       const Row what =
           read_row(head, p, &routing.blocks[(at * s.M + row / s.bq) * max_routed_blocks(p)], row);
-      const double flips = 2 * kReach * what.sum / 255;
       const double one = 2 * widest / what.sum;
-      const double other = chunks == Chunks::kOther ? what.keys / 6 : 0;
-      const double most = one * units_of(what, chunks);
+      const double most = one * what.most_units(chunks);
       double norm = 0;
       double error = 0;
       for (std::int64_t c = 0; c < s.dv; ++c) {
@@ -92,7 +94,7 @@ void expect_integers_close(Call& call, const reference::RoutingResult<double>& r
       squares += error;
       largest = std::max(largest, one);
       // |v - o_s| is about |v|, half of the 2 |v| that one row may meet.
-      expected += one * one * (flips + other) / 4 + rounding * rounding;
+      expected += one * one * (what.flips() + what.grid_variance(chunks)) / 4 + rounding * rounding;
     }
   }
   // All rows together; a few keys in all may fall into the worst row.
@@ -116,7 +118,7 @@ void expect_integer_lse_close(Call& call, const reference::RoutingResult<double>
       const auto wanted = static_cast<double>(emulated[at * s.Nq + row]);
       // lse = max + log(S / 255), both rounded.
       const double size = std::abs(wanted) + 2 * std::log(what.sum / 255);
-      const double bound = units_of(what, chunks) / what.sum + 4.1 * kSumError * size;
+      const double bound = what.most_units(chunks) / what.sum + 4.1 * kSumError * size;
       const double error = std::abs(ours[at * s.Nq + row] - wanted);
       ASSERT_TRUE(error <= bound) << "lse against int8 emulated, head " << at << ", row " << row
                                   << ": error " << error << ", bound " << bound;

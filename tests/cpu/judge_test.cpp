@@ -80,18 +80,23 @@ TEST(Judge, RefusesOneNotANumber) {
   EXPECT_FALSE(worst_part_error(sample.ours, sample.exact, kWidth) <= 1e300);
 }
 
-/// One row's o_s off by 3%: within twice the error of int8 itself, not of its emulation.
-TEST(Judge, ComparesIntegersWithTheEmulation) {
+/// A call whose forward has run.
+Call run_forward(const char* implementation, Precision precision,
+                 RoutingMode routing = RoutingMode::kHard) {
   Problem problem = small_problem(75, 200, 64, 64);
-  problem.config.precision = Precision::kInt8;
-  problem.implementation = "reference";
+  problem.config.precision = precision;
+  problem.config.routing = routing;
+  problem.implementation = implementation;
   Call call(problem, 7);
   SerialExecutor serial;
   call.run_forward(serial);
-  reference::RoutingResult<double> routing;
-  for (const double x : call.blocks.values()) {
-    routing.blocks.push_back(static_cast<std::int32_t>(x));
-  }
+  return call;
+}
+
+/// One row's o_s off by 3%: within twice the error of int8 itself, not of its emulation.
+TEST(Judge, ComparesIntegersWithTheEmulation) {
+  Call call = run_forward("reference", Precision::kInt8);
+  const auto routing = routing_of<double>(call);
   std::vector<double> values = call.out_sparse.values();
   const std::vector<float> emulated(values.begin(), values.end());
   expect_integers_close(call, routing, emulated, Chunks::kSame);
@@ -104,12 +109,7 @@ TEST(Judge, ComparesIntegersWithTheEmulation) {
 
 /// The lse of one row off by 2%, in int8.
 TEST(Judge, RefusesAWrongSumOfIntegers) {
-  Problem problem = small_problem(75, 200, 64, 64);
-  problem.config.precision = Precision::kInt8;
-  problem.implementation = "cpu_baseline";
-  Call call(problem, 7);
-  SerialExecutor serial;
-  call.run_forward(serial);
+  Call call = run_forward("cpu_baseline", Precision::kInt8);
   expect_forward(call);
   call.lse[74] *= 1.02F;
   const std::string text = failures_of([&] { expect_forward(call); });
@@ -119,13 +119,8 @@ TEST(Judge, RefusesAWrongSumOfIntegers) {
 /// One row of a gradient, and a router's, off by 1e-3: the second opinion of what cancels does not
 /// excuse that.
 TEST(Judge, RefusesWrongGradients) {
-  Problem problem = small_problem(75, 200, 64, 64);
-  problem.config.precision = Precision::kFp32;
-  problem.config.routing = RoutingMode::kSoft;
-  problem.implementation = "cpu_baseline";
-  Call call(problem, 7);
+  Call call = run_forward("cpu_baseline", Precision::kFp32, RoutingMode::kSoft);
   SerialExecutor serial;
-  call.run_forward(serial);
   call.run_backward(serial);
   expect_backward(call);
   auto d_k = call.d_k.values();
