@@ -98,7 +98,7 @@ double seconds_of(const std::function<void()>& run) {
 
 struct Data {
   Tensor q, k, v, d_out, out, d_q, d_k, d_v;
-  std::vector<std::byte> workspace;
+  Workspace workspace;
 };
 
 namespace {
@@ -161,8 +161,8 @@ void Operator::backward() { run(Pass::kBackward, true, nullptr); }
 void Operator::run(Pass pass, bool for_backward,
                    const std::function<void(const char*)>* after_stage) {
   Data& x = *data_;
-  x.workspace.resize(std::max(x.workspace.size(), workspace_bytes(pass)));
-  const Context context{executor_, x.workspace, nullptr, after_stage};
+  x.workspace.reserve(workspace_bytes(pass));
+  const Context context{executor_, x.workspace.span(), nullptr, after_stage};
   Inputs inputs;
   inputs.q = as_const(x.q.view());
   inputs.k = as_const(x.k.view());
@@ -225,10 +225,9 @@ std::vector<std::vector<float>> results(Problem p, const char* implementation, E
   const bool is_given = !blocks.empty();
   blocks.resize(
       static_cast<std::size_t>(p.batch * p.num_heads * num_q_blocks(p) * max_routed_blocks(p)));
-  x.workspace.resize(std::max(
-      x.workspace.size(), std::max(workspace_bytes(p, Pass::kForward, executor.num_threads()),
-                                   workspace_bytes(p, Pass::kBackward, executor.num_threads()))));
-  const Context context{executor, x.workspace};
+  x.workspace.reserve(std::max(workspace_bytes(p, Pass::kForward, executor.num_threads()),
+                               workspace_bytes(p, Pass::kBackward, executor.num_threads())));
+  const Context context{executor, x.workspace.span()};
   Tensor sparse = queries(p, p.value_dim), linear = queries(p, p.value_dim);
   std::vector<float> lse = floats(p.batch * p.num_heads * p.q_tokens);
   std::vector<float> mean = floats(p.batch * p.num_kv_heads * p.head_dim);

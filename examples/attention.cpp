@@ -32,8 +32,8 @@ int main() try {
   outputs.out = view(static_cast<void*>(out.data()));
 
   const auto pool = sla2::make_thread_pool(2);
-  std::vector<std::byte> workspace(sla2::workspace_bytes(problem, sla2::Pass::kForward, 2));
-  sla2::forward(problem, inputs, outputs, {*pool, workspace});
+  const sla2::Workspace workspace(sla2::workspace_bytes(problem, sla2::Pass::kForward, 2));
+  sla2::forward(problem, inputs, outputs, {*pool, workspace.span()});
   std::printf("%s: out[0] = %.4f %.4f ...\n",
               sla2::select_implementation(problem, sla2::Pass::kForward).name, out[0], out[1]);
   return std::isfinite(out[0]) ? 0 : 1;

@@ -1,13 +1,14 @@
 // The operators: schemas, and their kernels, one set of functions for CPU and CUDA. Autograd lives
 // with the callers (Python and libtorch): the stable ABI has none. Each kernel reads its tensors
 // into Arguments, allocates the results and makes a Run: the executor over torch's threads, the
-// workspace from torch's allocator, the current stream on a GPU, and the Context of all.
+// workspace, the current stream on a GPU, and the Context of all.
 #include "operators.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -21,6 +22,7 @@
 #include "arguments.h"
 #include "cuda_stream.h"
 #include "executor.h"
+#include "kept_workspace.h"
 #include "packing.h"
 #include "sla2/implementation.h"
 #include "sla2/sla2.h"
@@ -46,23 +48,26 @@ auto translated(const Body& body) {
   }
 }
 
-/// Executor, device, stream and workspace of one call; torch's allocator owns the workspace.
+/// Executor, device, stream and workspace of one call; on a GPU torch's allocator owns the
+/// workspace.
 struct Run {
   std::optional<torch::stable::accelerator::DeviceGuard> guard;  // before anything asks the device
   TorchExecutor executor;
-  Tensor workspace;
+  std::size_t bytes;
+  KeptWorkspace on_cpu;
+  Tensor on_gpu;
   Context context;
 
   Run(const Arguments& arguments, const Tensor& q, Pass pass)
       : guard(guard_of(q)),
-        workspace(torch::stable::new_empty(
-            q,
-            std::vector<std::int64_t>{static_cast<std::int64_t>(
-                workspace_bytes(arguments.problem, pass, executor.num_threads()))},
+        bytes(workspace_bytes(arguments.problem, pass, executor.num_threads())),
+        on_cpu(q.is_cuda() ? 0 : bytes),
+        on_gpu(torch::stable::new_empty(
+            q, Integers{q.is_cuda() ? static_cast<std::int64_t>(bytes) : 0},
             torch::headeronly::ScalarType::Byte)),
         context{executor,
-                {static_cast<std::byte*>(workspace.mutable_data_ptr()),
-                 static_cast<std::size_t>(workspace.numel())},
+                q.is_cuda() ? std::span(static_cast<std::byte*>(on_gpu.mutable_data_ptr()), bytes)
+                            : on_cpu.span(),
                 q.is_cuda() ? current_cuda_stream(q.get_device_index()) : nullptr} {}
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;

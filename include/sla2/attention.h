@@ -74,7 +74,7 @@ struct Gradients {
 struct Context {
   Executor& executor;
   std::span<std::byte>
-      workspace;           // at least workspace_bytes(...), aligned to 64 bytes; contents undefined
+      workspace;           // at least workspace_bytes(...), aligned to 64 bytes; see workspace.h
   void* stream = nullptr;  // cudaStream_t for Device::kCuda
   /// Called after each stage (Device::kCuda: each launch) with its name, for benchmarks; null:
   /// nobody.

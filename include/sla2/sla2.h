@@ -9,3 +9,4 @@
 #include "sla2/problem.h"
 #include "sla2/self_test.h"
 #include "sla2/tensor.h"
+#include "sla2/workspace.h"
