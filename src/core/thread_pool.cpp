@@ -1,5 +1,6 @@
 // The default executor: a fixed set of threads that take the indices of one loop at a time.
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -55,6 +56,7 @@ class ThreadPool final : public Executor {
     }
     if (n > 1) start_.notify_all();
     work(0);
+    spin_until([this] { return busy_.load(std::memory_order_acquire) == 0; });
     std::unique_lock lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
     task_ = nullptr;
@@ -62,9 +64,25 @@ class ThreadPool final : public Executor {
   }
 
  private:
+  /// A short wait by looking: to sleep and be woken takes longer than most gaps between two loops.
+  template <typename Condition>
+  static void spin_until(const Condition& holds) {
+    constexpr auto kLongest = std::chrono::microseconds(50);
+    const auto end = std::chrono::steady_clock::now() + kLongest;
+    while (!holds() && std::chrono::steady_clock::now() < end) {
+      for (int i = 0; i < 16 && !holds(); ++i) pause();
+    }
+  }
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
   void serve(std::int64_t worker) {
     std::uint64_t seen = 0;
     while (true) {
+      spin_until([&] { return generation_.load(std::memory_order_acquire) != seen; });
       {
         std::unique_lock lock(mutex_);
         start_.wait(lock, [&] { return stopping_ || generation_ != seen; });
@@ -113,8 +131,8 @@ class ThreadPool final : public Executor {
   const Task* task_ = nullptr;
   std::int64_t end_ = 0;
   std::atomic<std::int64_t> next_{0};
-  std::int64_t busy_ = 0;  // threads that have not finished the loop
-  std::uint64_t generation_ = 0;
+  std::atomic<std::int64_t> busy_{0};  // threads that have not finished the loop
+  std::atomic<std::uint64_t> generation_{0};
   std::exception_ptr error_;
   bool stopping_ = false;
   std::vector<std::thread> threads_;
