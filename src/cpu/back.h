@@ -17,6 +17,7 @@ struct FloatSums {
 
 struct Back {
   bool is16;
+  bool subtracts;    // sums over blocks are totals less routed blocks; hard routing, fp32 elements
   bool needs_pairs;                               // a gradient of q, k, v or the router is wanted
   std::int64_t padded_q_blocks, padded_k_blocks;  // M and T to multiples of 32
 
@@ -38,7 +39,7 @@ struct Back {
   float* sums_z;            // [M, d] Z_i
   void* d_sums;             // [d*dv/64, M, 64] dH_i
   float* d_sums_z;          // [M, d] dZ_i
-  void* d_h;                // [T, d, dv]; shares its memory with `pairs`
+  void* d_h;                // [T, d, dv]; may lie where h did
   float* d_z;               // [T, d]
   float* d_alpha;           // [M]
   float* u;                 // [M, T], soft
@@ -50,22 +51,12 @@ struct Back {
   const float* lse;  // [Nq]
   bool matched;      // o_s and lse are recomputed
   MutableRows d_q_out, d_k_out, d_v_out;
-  const std::int32_t* readers;        // hard: query block and place of each pair, by key block
-  const std::int64_t* readers_begin;  // [T + 1]
-
-  // ---- of a batch of query blocks and a round of their routed blocks (backward.cpp)
-  std::int64_t batch_begin, batch_end;  // query blocks
-  std::int64_t round_begin, round_end;  // places in the rows of routed blocks; soft: key blocks
-  std::int64_t round_places;            // of a full round
-  bool is_first_round, is_last_round;
-  void* pairs;          // [blocks, places][2][bk, bq] P^T and dS^T
-  void* q_columns;      // [blocks] packed [d, bq] Q^T
-  void* d_out_columns;  // [blocks] packed [dv, bq] dO^T
-  void* q_packed;       // [blocks] packed [bq, d] Q
-  void* d_out_packed;   // [blocks] packed [bq, dv] dO
-  float* row_lse;       // [blocks, bq]; inf behind the last query
-  float* row_delta;     // [blocks, bq] rowsum(dO o_s), before alpha
-  float* d_q_columns;   // [blocks, d, bq] dQ^T
+  const std::int32_t* ranks;  // [M, places] of each pair among those of its key block
+  bool adds_heads;            // d_k and d_v hold those of the group's heads before
+  std::int32_t* turns;        // [T] pairs that d_k and d_v of a key block have taken
+  // hard routing: the query blocks that route key block j, ascending, from readers_begin[j] on
+  const std::int32_t* readers;        // [M * L]
+  const std::int32_t* readers_begin;  // [T + 1]
 };
 
 }  // namespace sla2::cpu

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "cpu/back.h"
 #include "cpu/plan.h"
@@ -11,55 +12,33 @@
 namespace sla2::cpu {
 namespace {
 
-// What is in flight: P^T and dS^T of the routed pairs of a batch of query blocks, of at most so
-// many keys at once (a round). 16 MiB in bf16; few workers take half a batch, of which more stays
-// in their caches.
-constexpr std::int64_t kBatchQueries = 4096;
-constexpr std::int64_t kFewWorkers = 8;
-constexpr std::int64_t kRoundKeys = 1024;
-
-std::int64_t num_places(const Job& job) { return job.soft ? job.k_blocks : job.width; }
-/// Places of a round at most, also where fewer key blocks than the job's exist (key lengths).
-std::int64_t most_places(const Job& job) {
-  return std::min(num_places(job), kRoundKeys / job.block_k);
-}
-/// Rounds of about equal size.
-std::int64_t round_places(const Job& job) {
-  const std::int64_t most = most_places(job);
-  const std::int64_t rounds = (num_places(job) + most - 1) / most;
-  return (num_places(job) + rounds - 1) / rounds;
-}
-
-/// In one round dK and dV are summed by ascending query blocks whatever the batch is; in several
-/// the batch decides the order, and must not depend on the workers.
-std::int64_t batch_blocks(const Job& job, std::int64_t workers) {
-  const bool is_half = workers <= kFewWorkers && round_places(job) == num_places(job);
-  const std::int64_t queries = is_half ? kBatchQueries / 2 : kBatchQueries;
-  return std::min(job.q_blocks, std::max<std::int64_t>(1, queries / job.block_q));
-}
-
-/// Query block and place of the pairs of each key block, query blocks ascending. Soft routing has
-/// every place at its own key block and needs none of it.
-void invert_routing(Call& call) {
+/// Of each pair its rank among those of its key block, query blocks ascending, and, hard, the query
+/// blocks of each key block; nobody has had a turn.
+void rank_pairs(Call& call) {
   const Job& job = call.job;
-  if (job.soft) return;
-  std::int64_t* begin = call.own.readers_begin;
-  const auto for_each = [&](auto visit) {
-    for (std::int64_t i = 0; i < job.q_blocks; ++i) {
-      const std::int32_t* row = job.blocks + i * job.width;
-      for (std::int64_t c = 0; c < job.width && row[c] >= 0; ++c) visit(i, c, row[c]);
+  std::int32_t* turns = call.own.turns;
+  std::fill_n(turns, job.k_blocks, 0);
+  if (job.soft) {
+    for (std::int64_t at = 0; at < job.q_blocks * job.k_blocks; ++at) {
+      if (job.log_m[at] != -std::numeric_limits<float>::infinity()) {
+        call.own.ranks[at] = turns[at % job.k_blocks]++;
+      }
     }
-  };
-  std::fill_n(begin, job.k_blocks + 1, 0);
-  for_each([&](std::int64_t, std::int64_t, std::int64_t j) { ++begin[j + 1]; });
-  for (std::int64_t j = 0; j < job.k_blocks; ++j) begin[j + 1] += begin[j];
-  for_each([&](std::int64_t i, std::int64_t c, std::int64_t j) {
-    std::int32_t* pair = call.own.readers + 2 * begin[j]++;
-    pair[0] = static_cast<std::int32_t>(i);
-    pair[1] = static_cast<std::int32_t>(c);
-  });
-  for (std::int64_t j = job.k_blocks; j > 0; --j) begin[j] = begin[j - 1];  // the fill moved it on
-  begin[0] = 0;
+  } else {
+    const std::int64_t pairs = job.q_blocks * job.width;
+    for (std::int64_t at = 0; at < pairs; ++at) {
+      if (job.blocks[at] >= 0) call.own.ranks[at] = turns[job.blocks[at]]++;
+    }
+    std::int32_t* begin = call.own.readers_begin;
+    begin[0] = 0;
+    for (std::int64_t j = 0; j < job.k_blocks; ++j) begin[j + 1] = begin[j] + turns[j];
+    for (std::int64_t at = 0; at < pairs; ++at) {
+      if (job.blocks[at] < 0) continue;
+      call.own.readers[begin[job.blocks[at]] + call.own.ranks[at]] =
+          static_cast<std::int32_t>(at / job.width);
+    }
+  }
+  std::fill_n(turns, job.k_blocks, 0);
 }
 
 void select_saved(Call& call, const Saved& saved, const ConstView& d_out,
@@ -82,27 +61,6 @@ FloatSums sums_of(const MutableRows& out, DType dtype, float* copy, std::int64_t
 
 bool wants_keys(const Back& back) { return back.d_k.data != nullptr || back.d_v.data != nullptr; }
 
-/// Every routed pair once: with its query block, then with its key block.
-void back_pairs(Call& call) {
-  Back& back = call.back;
-  const Job& job = call.job;
-  const std::int64_t places = num_places(job);
-  back.round_places = round_places(job);
-  const std::int64_t batch = batch_blocks(job, call.executor.num_threads());
-  for (std::int64_t i = 0; i < job.q_blocks; i += batch) {
-    back.batch_begin = i;
-    back.batch_end = std::min(job.q_blocks, i + batch);
-    for (std::int64_t c = 0; c < places; c += back.round_places) {
-      back.round_begin = c;
-      back.round_end = std::min(places, c + back.round_places);
-      back.is_first_round = c == 0;
-      back.is_last_round = back.round_end == places;
-      run(call, call.kernels.back.query_pairs, back.batch_end - i);
-      if (wants_keys(back)) run(call, call.kernels.back.key_pairs, job.k_blocks);
-    }
-  }
-}
-
 void done(const Context& context, const char* stage) {
   if (context.after_stage != nullptr) (*context.after_stage)(stage);
 }
@@ -118,15 +76,15 @@ void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool 
   if (job.soft) std::copy_n(saved.routing.logits + row * call.T, M * call.T, call.own.logits);
   if (learns_router) score(call, h);
   weigh(call, h, job.soft ? nullptr : saved.routing.blocks + row * call.L, call.own.logits);
-  invert_routing(call);
+  rank_pairs(call);
   back.needs_pairs = learns_router || wants_keys(back) || back.d_q_out.data != nullptr;
   done(context, "route");
 
-  run(call, kernels.weigh, (M + kBlockTile - 1) / kBlockTile);
+  if (!back.subtracts) run(call, kernels.weigh, (M + kBlockTile - 1) / kBlockTile);
   run(call, kernels.sum_key_blocks, num_panel_groups(call.problem));
   done(context, "sum_blocks");
-  back_pairs(call);
-  done(context, "pairs");
+  run_workers(call, kernels.query_blocks, M);
+  done(context, "query_blocks");
   if (learns_router) {
     if (job.scope_all) {
       std::fill_n(back.l, M * job.k_blocks, 0.0F);
@@ -228,6 +186,7 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
       done(context, "pack_keys");
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         select_saved(call, saved, d_out, gradients, b, h);
+        back.adds_heads = h > kv * group;
         back_head(call, saved, gradients, learns_router, b, h, context);
       }
       if (wants_keys(back)) {
@@ -244,20 +203,21 @@ std::int64_t back_scratch_bytes(const Problem& p) {
   const std::int64_t blocks = std::max(num_q_blocks(p), num_k_blocks(p, p.k_tokens));
   const std::int64_t pack = bk * (3 * d + 2 * dv) + d * dv;
   const std::int64_t linear_keys = bk * (5 * d + dv) + d * dv;
+  const std::int64_t block = bq * (3 * d + 2 * dv + 2);
   const std::int64_t linear_queries = bq * (4 * d + 5 * dv + std::max(d, dv) + 3) + d * dv + 2 * dv;
-  const std::int64_t pairs = 3 * bk * kPanel + bq * (d + 3);
+  const std::int64_t pairs = 3 * bk * kPanel + 2 * bk * bq + bq * (d + 3);
   const std::int64_t sums = 256 * kPanel + (blocks + 34) * kPanel;
   const std::int64_t products = 3 * kPanel * kPanel;
   const std::int64_t pieces = 16;  // each rounded up to 64 bytes
   const std::int64_t floats =
-      std::max({pack, linear_keys, linear_queries + pairs, sums, products}) + pieces * 16;
+      std::max({pack, linear_keys, block + linear_queries + pairs, sums, products}) + pieces * 16;
   return (floats * 4 + 63) / 64 * 64;
 }
 
-void lay_out_backward(const Problem& p, std::int64_t workers, Arena& arena, const Job& job,
+void lay_out_backward(const Problem& p, Arena& arena, const Job& job,
                       Back& back, DriverBuffers& own) {
   const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
-  const std::int64_t bq = job.block_q, bk = job.block_k, keys = T * bk;
+  const std::int64_t keys = T * p.config.block_k;
   const auto elements = [&](std::int64_t n) {
     return arena.take<std::byte>(n * (back.is16 ? 2 : 4));
   };
@@ -275,8 +235,13 @@ void lay_out_backward(const Problem& p, std::int64_t workers, Arena& arena, cons
     own.d_k = arena.take<float>(keys * d);
     own.d_v = arena.take<float>(keys * dv);
   }
-  back.rest_rows = elements(M * back.padded_k_blocks);
-  back.rest_columns = elements(T * back.padded_q_blocks);
+  // Tiles of bf16 make the whole product as fast, fp32 asks for it.
+  back.subtracts = !job.soft && !job.scope_all && !back.is16 &&
+                   p.config.precision != Precision::kFp32;
+  if (!back.subtracts) {
+    back.rest_rows = elements(M * back.padded_k_blocks);
+    back.rest_columns = elements(T * back.padded_q_blocks);
+  }
   back.sums = elements(M * d * dv);
   back.sums_z = arena.take<float>(M * d);
   back.d_sums = elements(M * d * dv);
@@ -288,27 +253,22 @@ void lay_out_backward(const Problem& p, std::int64_t workers, Arena& arena, cons
     back.d_out_copy = arena.take<float>(job.num_queries * dv);
     own.proj_out_t = arena.take<float>(dv * dv);
   }
-  const std::int64_t batch = batch_blocks(job, workers);
-  const std::int64_t pairs = batch * most_places(job) * 2 * bk * bq;
-  back.pairs = back.d_h = elements(std::max(pairs, T * d * dv));
-  back.q_columns = elements(batch * bq * d);
-  back.q_packed = elements(batch * bq * d);
-  back.d_out_columns = elements(batch * bq * dv);
-  back.d_out_packed = elements(batch * bq * dv);
-  back.row_lse = arena.take<float>(batch * bq);
-  back.row_delta = arena.take<float>(batch * bq);
-  back.d_q_columns = arena.take<float>(batch * bq * d);
-  own.readers_begin = arena.take<std::int64_t>(T + 1);
+  // Where no other head and no gradient of the weights reads h again it makes room for dh.
+  const bool is_last_use = !job.soft && p.num_heads == p.num_kv_heads;
+  back.d_h = is_last_use ? back.h : elements(T * d * dv);
+  own.turns = back.turns = arena.take<std::int32_t>(T);
+  own.ranks = arena.take<std::int32_t>(M * (job.soft ? T : job.width));
+  back.ranks = own.ranks;
+  if (!job.soft) {
+    back.readers = own.readers = arena.take<std::int32_t>(M * job.width);
+    back.readers_begin = own.readers_begin = arena.take<std::int32_t>(T + 1);
+  }
   if (job.soft) {
     back.u = arena.take<float>(M * T);
     back.l = arena.take<float>(M * T);
     own.d_scores = arena.take<float>(M * ((T + 15) / 16 * 16));
     own.router_rows = arena.take<float>(std::max(M, T) * d);
-  } else {
-    own.readers = arena.take<std::int32_t>(M * job.width * 2);
   }
-  back.readers = own.readers;
-  back.readers_begin = own.readers_begin;
 }
 
 }  // namespace sla2::cpu

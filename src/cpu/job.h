@@ -120,8 +120,8 @@ struct BackStages {
   Stage pack_keys;         // key block: operands, h, z; zeroes d_k, d_v, d_keys_sums
   Stage weigh;             // kBlockTile query blocks: rest_rows, rest_columns
   Stage sum_key_blocks;    // group of panels: sums; num_panel_groups of them
-  Stage query_pairs;       // query block of the batch: this round's pairs, d_q; d_sums, d_alpha
-  Stage key_pairs;         // key block: d_k and d_v of the batch and the round
+  Stage query_blocks;      // worker: query blocks by next_index; d_q, d_sums, d_alpha; pairs to
+                           // d_k, d_v
   Stage sum_query_blocks;  // group of panels: d_h
   Stage block_products;    // kPanel key blocks: l
   Stage linear_keys;       // key block: the linear branch's d_k, d_v

@@ -67,7 +67,7 @@ bool has_bf16_products(const Problem& p, const Kernels& kernels) {
 }
 
 std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k) {
-  const std::int64_t forward_keys = block_k * (2 * d + 2 * dv) + 2 * d * dv + 16;
+  const std::int64_t forward_keys = block_k * (2 * d + 16 + 2 * dv) + 2 * d * dv + 16;
   const std::int64_t forward_queries =
       kRowTile * (3 * d + 3 * dv + kScoreStride + kLeftStride / 2 + 5);
   const std::int64_t forward_sums = (kSumRows + 1) * kPanel * kPanelsPerTask;
@@ -111,7 +111,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& k
   if (is_backward) {
     back = Back{};
     back.is16 = has_bf16_products(p, kernels);
-    return lay_out_backward(p, workers, arena, job, back, own);
+    return lay_out_backward(p, arena, job, back, own);
   }
   const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
                              : job.arithmetic == Arithmetic::kBf16 ? 2

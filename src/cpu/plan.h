@@ -39,8 +39,10 @@ struct DriverBuffers {
   std::uint16_t* rest16 = nullptr;            // [M, rest_stride(T)], forward
   float* routed_k_t = nullptr;                // [d, T rounded up to 16], packed
   double* soft = nullptr;                     // [workers, T]
-  std::int32_t* readers = nullptr;            // [M * L][2], hard
-  std::int64_t* readers_begin = nullptr;      // [T + 1]
+  std::int32_t* ranks = nullptr;              // [M, L] or, soft, [M, T]
+  std::int32_t* turns = nullptr;              // [T]
+  std::int32_t* readers = nullptr;            // [M * L], hard
+  std::int32_t* readers_begin = nullptr;      // [T + 1], hard
   float* d_scores = nullptr;                  // [M, T rounded up to 16]
   float* router_rows = nullptr;               // [max(M, T), d]
   float* proj_out_t = nullptr;                // [dv, dv]
@@ -66,7 +68,7 @@ struct Call {
 void lay_out(const Problem& problem, Pass pass, std::int64_t workers, const Kernels& kernels,
              Arena& arena, Job& job, Back& back, DriverBuffers& own);
 /// The backward's part of it; the job's sizes are set.
-void lay_out_backward(const Problem& problem, std::int64_t workers, Arena& arena, const Job& job,
+void lay_out_backward(const Problem& problem, Arena& arena, const Job& job,
                       Back& back, DriverBuffers& own);
 /// Bytes that one worker of any stage of the backward needs.
 std::int64_t back_scratch_bytes(const Problem& problem);

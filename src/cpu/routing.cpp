@@ -113,19 +113,26 @@ void choose_blocks(const Call& call, const float* scores, std::int32_t* blocks) 
     return x != y ? x > y : a < b;
   };
   std::int64_t size = 0;
-  for (std::int32_t j = 0; j < n; ++j) {
-    if (fixed.contains(j)) continue;
-    // Most blocks: not above the worst of those kept, whose index is lower.
-    if (size > 0 && size == kept && scores[j] <= scores[blocks[0]]) continue;
-    if (size < kept) {
-      blocks[size++] = j;
+  float worst = -kInfinity;  // of a full heap
+  const auto consider = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t j = begin; j < end; ++j) {
+      // Most blocks: not above the worst of those kept, whose index is lower.
+      if (size == kept && scores[j] <= worst) continue;
+      const auto index = static_cast<std::int32_t>(j);
+      if (size < kept) {
+        blocks[size++] = index;
+      } else if (size > 0 && better(index, blocks[0])) {
+        std::pop_heap(blocks, blocks + size, better);
+        blocks[size - 1] = index;
+      } else {
+        continue;
+      }
       std::push_heap(blocks, blocks + size, better);
-    } else if (size > 0 && better(j, blocks[0])) {
-      std::pop_heap(blocks, blocks + size, better);
-      blocks[size - 1] = j;
-      std::push_heap(blocks, blocks + size, better);
+      worst = scores[blocks[0]];
     }
-  }
+  };
+  consider(0, fixed.begin);
+  consider(fixed.begin + fixed.size(), n);
   for (std::int64_t j = fixed.begin; j < fixed.begin + fixed.size(); ++j) {
     blocks[size++] = static_cast<std::int32_t>(j);
   }
@@ -171,9 +178,13 @@ void round_weights(const Job& job, std::int64_t i) {
   const std::int64_t T = job.k_blocks;
   std::uint16_t* rounded = job.rest16 + i * rest_stride(T);
   float* rest = job.rest + i * T;
-  for (std::int64_t j = 0; j < T; ++j) {
-    rounded[j] = to_bf16(rest[j]);
-    rest[j] = from_bf16(rounded[j]);
+  if (job.soft) {
+    for (std::int64_t j = 0; j < T; ++j) {
+      rounded[j] = to_bf16(rest[j]);
+      rest[j] = from_bf16(rounded[j]);
+    }
+  } else {
+    for (std::int64_t j = 0; j < T; ++j) rounded[j] = rest[j] == 0 ? 0 : to_bf16(1.0F);
   }
   std::fill(rounded + T, rounded + padded_blocks(T), std::uint16_t{0});
 }
