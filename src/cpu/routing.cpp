@@ -1,7 +1,9 @@
 // Step 1 (Eq. 15-17): scores by the products of the instruction set, choice in plain code.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 
 #include "core/float16.h"
@@ -97,6 +99,27 @@ void project(Call& call, const float* x, const float* w, std::int64_t rows, floa
       });
 }
 
+/// A score that at least `kept` blocks outside `fixed` reach; close to the worst of the kept ones.
+/// The largest of each of some groups of blocks: `kept` of those are as many blocks.
+float reached_by(const float* scores, std::int64_t n, const BlockRange& fixed, std::int64_t kept) {
+  constexpr std::int64_t kMostGroups = 1024;
+  const std::int64_t groups = std::min(4 * kept, n / 4);  // the blocks of one are `groups` apart
+  if (kept < 1 || groups < kept || groups > kMostGroups) return -kInfinity;
+  std::array<float, kMostGroups> largest;
+  std::fill_n(largest.data(), groups, -kInfinity);
+  for (std::int64_t first = 0; first + groups <= n; first += groups) {
+    if (fixed.size() > 0 && first < fixed.end && fixed.begin < first + groups) continue;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const float score = scores[first + g];
+      const auto at = static_cast<std::size_t>(g);
+      largest[at] = score > largest[at] ? score : largest[at];
+    }
+  }
+  const auto worst = largest.begin() + kept - 1;
+  std::nth_element(largest.begin(), worst, largest.begin() + groups, std::greater<>());
+  return *worst;
+}
+
 }  // namespace
 
 void choose_blocks(const Call& call, const float* scores, std::int32_t* blocks) {
@@ -113,10 +136,12 @@ void choose_blocks(const Call& call, const float* scores, std::int32_t* blocks) 
     return x != y ? x > y : a < b;
   };
   std::int64_t size = 0;
+  const float reached = reached_by(scores, n, fixed, kept);
   float worst = -kInfinity;  // of a full heap
   const auto consider = [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t j = begin; j < end; ++j) {
-      // Most blocks: not above the worst of those kept, whose index is lower.
+      if (scores[j] < reached) continue;  // most blocks
+      // Not above the worst of those kept, whose index is lower.
       if (size == kept && scores[j] <= worst) continue;
       const auto index = static_cast<std::int32_t>(j);
       if (size < kept) {
