@@ -17,7 +17,6 @@ struct FloatSums {
 
 struct Back {
   bool is16;
-  bool subtracts;    // sums over blocks are totals less routed blocks; hard routing, fp32 elements
   bool needs_pairs;                               // a gradient of q, k, v or the router is wanted
   std::int64_t padded_q_blocks, padded_k_blocks;  // M and T to multiples of 32
 

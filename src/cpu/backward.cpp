@@ -80,7 +80,7 @@ void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool 
   back.needs_pairs = learns_router || wants_keys(back) || back.d_q_out.data != nullptr;
   done(context, "route");
 
-  if (!back.subtracts) run(call, kernels.weigh, (M + kBlockTile - 1) / kBlockTile);
+  if (!job.subtracts) run(call, kernels.weigh, (M + kBlockTile - 1) / kBlockTile);
   run(call, kernels.sum_key_blocks, num_panel_groups(call.problem));
   done(context, "sum_blocks");
   run_workers(call, kernels.query_blocks, M);
@@ -235,10 +235,7 @@ void lay_out_backward(const Problem& p, Arena& arena, const Job& job,
     own.d_k = arena.take<float>(keys * d);
     own.d_v = arena.take<float>(keys * dv);
   }
-  // Tiles of bf16 make the whole product as fast, fp32 asks for it.
-  back.subtracts = !job.soft && !job.scope_all && !back.is16 &&
-                   p.config.precision != Precision::kFp32;
-  if (!back.subtracts) {
+  if (!job.subtracts) {
     back.rest_rows = elements(M * back.padded_k_blocks);
     back.rest_columns = elements(T * back.padded_q_blocks);
   }

@@ -33,6 +33,8 @@ struct Job {
   Phi phi;
   bool soft, raw_keys, scope_all;
   bool linear16;               // forward: the linear branch's products in bf16
+  bool subtracts;              // sums over blocks in fp32: totals less the routed blocks
+  float most_cancelled;        // of it: see stages/forward_sums.inc
   std::int32_t rounding_bits;  // kRound16: significant bits of fp16
   float scale;
 

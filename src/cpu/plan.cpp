@@ -52,6 +52,10 @@ void fill_options(const Problem& p, Pass pass, Job& job) {
   job.is_sla = p.config.method == Method::kSla;
   job.scale = static_cast<float>(softmax_scale(p));
   job.width = max_routed_blocks(p);
+  // Where a quarter of the blocks are left out, at most, little of a total goes. 16-bit products
+  // bear more cancellation than fp32 ones.
+  job.subtracts = !job.soft && !job.scope_all && 4 * job.width <= job.k_blocks;
+  job.most_cancelled = p.config.precision == Precision::kFp32 ? 2.0F : 64.0F;
 }
 
 }  // namespace
@@ -111,6 +115,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& k
   if (is_backward) {
     back = Back{};
     back.is16 = has_bf16_products(p, kernels);
+    job.subtracts = job.subtracts && !back.is16;  // whose products are faster
     return lay_out_backward(p, arena, job, back, own);
   }
   const std::int64_t bytes = job.arithmetic == Arithmetic::kInt8   ? 1
