@@ -38,16 +38,16 @@ std::vector<std::vector<double>> everything(Call& call) {
           call.d_proj_k.values(), call.d_proj_out.values()};
 }
 
-/// More queries than a batch of the backward, whose size depends on the threads where the keys of a
-/// round are all there are (64 routed) and must not where they are not (1,100 with soft routing).
-TEST_P(Cpu, SameBitsInBatchesOfAnySize) {
+/// dK and dV of a key block take their pairs in turn: 69 query blocks route the same few (128 keys),
+/// or, soft, all of 1,100 keys, more than one chunk of the softmax.
+TEST_P(Cpu, SameBitsWhereManyQueryBlocksAddToEachKeyBlock) {
   for (const RoutingMode mode : {RoutingMode::kHard, RoutingMode::kSoft}) {
     Problem p = small_problem(2200, mode == RoutingMode::kSoft ? 1100 : 128, 16, 16);
     p.implementation = GetParam();
     p.config.routing = mode;
     SLA2_SKIP_IF_REFUSED(p, Pass::kBackward);
     std::vector<std::vector<double>> first;
-    for (const std::int64_t threads : {2, 9}) {
+    for (const std::int64_t threads : {1, 2, 9}) {
       Call call(p, 3);
       const auto executor = make_thread_pool(threads);
       call.run_forward(*executor);
@@ -80,7 +80,7 @@ TEST_P(Cpu, SameBitsOnAnyNumberOfThreads) {
   }
 }
 
-/// Five key blocks make two rounds of three, the four that exist one of four.
+/// Five key blocks, of which four exist.
 TEST_P(Cpu, ABackwardOverFewerKeysStaysInItsWorkspace) {
   Problem p = small_problem(1024, 1100, 16, 16);
   p.implementation = GetParam();
