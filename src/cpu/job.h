@@ -77,6 +77,7 @@ struct Job {
 
   const struct Back* back;  // backward only: back.h
 
+  std::int64_t workers;
   std::int64_t* next_index;  // of the stages whose tasks share their indices out
   std::byte* scratch;        // one part a worker
   std::int64_t scratch_bytes;

@@ -93,6 +93,7 @@ void lay_out(const Problem& p, Pass pass, std::int64_t workers, const Kernels& k
   const bool is_backward = pass == Pass::kBackward;
 
   job.scratch_bytes = is_backward ? back_scratch_bytes(p) : scratch_bytes(d, dv, job.block_k);
+  job.workers = workers;
   job.scratch = arena.take<std::byte>(workers * job.scratch_bytes);
   job.next_index = arena.take<std::int64_t>(1);
   job.k_block_sums = arena.take<float>(T * d);
