@@ -9,7 +9,9 @@ namespace sla2 {
 
 /// Runs task(i, worker) for every i in [0, n) and returns when all are done. `worker` is in
 /// [0, num_threads()) and no two tasks run with the same worker at once (it picks the scratch).
-/// Kernels own disjoint outputs by i, never by worker, so results do not depend on num_threads().
+/// Any order of the tasks is fine, but one that has begun must go on while others run: a task may
+/// wait for what another one that has begun is computing. Kernels own disjoint outputs by i, or add
+/// to them in one order, so results do not depend on num_threads().
 /// The first exception that a task throws is rethrown in the caller.
 class Executor {
  public:

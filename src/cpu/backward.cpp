@@ -214,8 +214,8 @@ std::int64_t back_scratch_bytes(const Problem& p) {
   return (floats * 4 + 63) / 64 * 64;
 }
 
-void lay_out_backward(const Problem& p, Arena& arena, const Job& job,
-                      Back& back, DriverBuffers& own) {
+void lay_out_backward(const Problem& p, Arena& arena, const Job& job, Back& back,
+                      DriverBuffers& own) {
   const std::int64_t d = job.d, dv = job.dv, M = job.q_blocks, T = job.k_blocks;
   const std::int64_t keys = T * p.config.block_k;
   const auto elements = [&](std::int64_t n) {

@@ -117,8 +117,8 @@ extern const Kernels kKernels = {
     with_products<query_blocks>,
     kBf16Speed,
     {SLA2_BACK(pack_keys_of), SLA2_BACK(weights_of), SLA2_BACK(sum_key_blocks),
-     SLA2_BACK(back_query_blocks), SLA2_BACK(sum_query_blocks),
-     SLA2_BACK(block_products), SLA2_BACK(linear_keys_of), with_products<back_write_keys>},
+     SLA2_BACK(back_query_blocks), SLA2_BACK(sum_query_blocks), SLA2_BACK(block_products),
+     SLA2_BACK(linear_keys_of), with_products<back_write_keys>},
 };
 }  // namespace SLA2_TABLE
 

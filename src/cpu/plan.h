@@ -68,8 +68,8 @@ struct Call {
 void lay_out(const Problem& problem, Pass pass, std::int64_t workers, const Kernels& kernels,
              Arena& arena, Job& job, Back& back, DriverBuffers& own);
 /// The backward's part of it; the job's sizes are set.
-void lay_out_backward(const Problem& problem, Arena& arena, const Job& job,
-                      Back& back, DriverBuffers& own);
+void lay_out_backward(const Problem& problem, Arena& arena, const Job& job, Back& back,
+                      DriverBuffers& own);
 /// Bytes that one worker of any stage of the backward needs.
 std::int64_t back_scratch_bytes(const Problem& problem);
 Call make_call(const Problem& problem, const Inputs& inputs, const Context& context, Pass pass,

@@ -1,5 +1,7 @@
 // Every rule at the public boundary, with the message that a user reads.
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
@@ -7,6 +9,7 @@
 #include <limits>
 #include <ostream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -353,6 +356,29 @@ TEST(Workspace, IsCheckedAgainstWhatWasAskedFor) {
               static_cast<void>(workspace_bytes(small_problem(70, 150, 16, 32), Pass::kForward, 0));
             }),
             "num_threads must be in [1, 1024], got 0");
+}
+
+TEST(Workspace, IsAlignedGrowsAndMoves) {
+  for (const std::size_t bytes : {std::size_t{1}, std::size_t{100}, (std::size_t{4} << 20) + 3}) {
+    const Workspace one(bytes);
+    ASSERT_EQ(one.size(), bytes);
+    EXPECT_EQ(one.span().size(), bytes);
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(one.span().data()) % 64, 0U);
+    std::fill(one.span().begin(), one.span().end(), std::byte{1});
+  }
+  Workspace kept;
+  EXPECT_EQ(kept.size(), 0U);
+  kept.reserve(1000);
+  const std::byte* first = kept.span().data();
+  kept.reserve(10);  // has more already
+  EXPECT_EQ(kept.size(), 1000U);
+  EXPECT_EQ(kept.span().data(), first);
+  Workspace other = std::move(kept);
+  EXPECT_EQ(other.span().data(), first);
+  kept = Workspace(5);
+  EXPECT_EQ(kept.size(), 5U);
+  EXPECT_EQ(message_of([] { Workspace(std::numeric_limits<std::size_t>::max()); }),
+            "no memory for a workspace of 18446744073709551615 bytes");
 }
 
 /// Every implementation of this machine, every pass, hard and soft routing.
