@@ -59,8 +59,8 @@ double rounded_d_out_error(Call& call, const std::vector<double>& exact) {
 
 constexpr int kRuns = 16;
 
-/// The size of what cancels in a router's gradient, relative to what is left of it: the gradient is
-/// linear in dO and, but for what was saved, in v (u = sum P (dP - Ds)), so with their signs at
+/// The size of what cancels in a parameter's gradient, relative to what is left of it: the gradient
+/// is linear in dO and, but for what was saved, in v (u = sum P (dP - Ds)), so with their signs at
 /// random its mean square is the sum of the squares of all its terms.
 double cancelled_terms(Call& call, std::vector<double> reference::GradientResult<double>::*member,
                        const std::vector<double>& exact) {
@@ -97,20 +97,23 @@ reference::Operands<double> moved_operands(Call& call, std::mt19937_64& generato
 
 /// How far such steps move an exact gradient; what the forward saved stays. Rounding its inputs
 /// costs any run in fp32 as much, and where terms cancel one naive run may be luckier than that.
-/// The larger one of the whole's and the worst row's, as floors of expect_rows_close; its factor 2.
+/// The larger one of the whole's and the worst row's, as floors of expect_rows_close; its factor 2,
+/// or that of a long product: n partial sums, each rounded by 2^-24 / sqrt(3) at random, of sizes
+/// that grow like sqrt(c), add up to sqrt(n / 6) times what n terms moved by 2^-24 do.
 double input_error(Call& call, std::vector<double> reference::GradientResult<double>::*member,
                    const std::vector<double>& exact, std::int64_t width) {
   const auto saved = saved_of<double>(call, call.problem.config.routing == RoutingMode::kSoft);
   const std::vector<double> d_out = call.d_out.values();
   std::mt19937_64 generator(2);
   double worst = 0;
-  for (int i = 0; i < 4; ++i) {
+  for (int run = 0; run < kRuns; ++run) {
     const std::vector<double> moved =
         reference::backward(call.problem, moved_operands(call, generator), saved, d_out).*member;
     worst = std::max({worst, relative_error(moved, exact),
                       worst_part_error(moved, exact, static_cast<std::size_t>(width)) / 4.1});
   }
-  return 2 * worst;
+  const auto terms = static_cast<double>(std::max(call.problem.head_dim, call.problem.value_dim));
+  return std::max(2.0, std::sqrt(terms / 6)) * worst;
 }
 
 /// SoftTop-k's derivatives are functions of scores over tau: what four roundings of the largest
@@ -248,11 +251,14 @@ void expect_backward(Call& call) {
     floor += rounded_d_out_error(call, exact_d.d_alpha_logit);
   }
   expect_parameter("d_alpha_logit", call, call.d_alpha_logit, &Gradient::d_alpha_logit, naive_d,
-                   exact_d.d_alpha_logit, in_bf16, floor);
+                   exact_d.d_alpha_logit, in_bf16, floor, &Exact::d_alpha_logit);
+  // l_ij is a product of dH_i and h_j.
+  const auto products = static_cast<double>(problem.head_dim * problem.value_dim);
+  const double router_floor = std::max(kSumError, sum_error(products));
   expect_parameter("d_proj_q", call, call.d_proj_q, &Gradient::d_proj_q, naive_d, exact_d.d_proj_q,
-                   in_bf16, kSumError, &Exact::d_proj_q);
+                   in_bf16, router_floor, &Exact::d_proj_q);
   expect_parameter("d_proj_k", call, call.d_proj_k, &Gradient::d_proj_k, naive_d, exact_d.d_proj_k,
-                   in_bf16, kSumError, &Exact::d_proj_k);
+                   in_bf16, router_floor, &Exact::d_proj_k);
   expect_parameter("d_proj_out", call, call.d_proj_out, &Gradient::d_proj_out, naive_d,
                    exact_d.d_proj_out, in_bf16);
 }

@@ -96,16 +96,22 @@ inline double sum_error(double terms) { return 4 * std::sqrt(terms) * 0x1p-24; }
 /// A few hundred terms.
 inline constexpr double kSumError = 64 * 0x1p-24;
 
+/// The exact result in the type.
+inline std::vector<double> stored_as(const std::vector<double>& exact, DType dtype) {
+  std::vector<double> stored;
+  for (const double x : exact) {
+    const auto value = static_cast<float>(x);
+    stored.push_back(dtype == DType::kF32    ? value
+                     : dtype == DType::kBF16 ? from_bf16(to_bf16(value))
+                                             : from_fp16(to_fp16(value)));
+  }
+  return stored;
+}
 /// What storing the exact result in the type costs, relative to its norm. At the worst half a unit
 /// of the last place (2^-8 for bf16, 2^-11 for fp16), on most data half of that.
 inline double stored_error(const std::vector<double>& exact, DType dtype) {
   if (dtype == DType::kF32) return storage_error(dtype);
-  std::vector<double> stored;
-  for (const double x : exact) {
-    const auto value = static_cast<float>(x);
-    stored.push_back(dtype == DType::kBF16 ? from_bf16(to_bf16(value)) : from_fp16(to_fp16(value)));
-  }
-  return relative_error(stored, exact);
+  return relative_error(stored_as(exact, dtype), exact);
 }
 
 /// Ours may be at most twice as far from the exact result as the naive run in the same precision,
@@ -117,10 +123,12 @@ inline double close_bound(const std::vector<float>& naive, const std::vector<dou
 /// The same rule for the worst `rows` rows: a norm over a whole tensor forgives one wrong row or
 /// block. There the floors are those of extremes: storing costs half a unit of the last place, and
 /// the largest of R Gaussian errors is sqrt(2 ln R) deviations, 4.1 for 4096 rows, where the rule
-/// for the whole speaks of one.
+/// for the whole speaks of one. What lies below the type's normal numbers costs more to store.
 inline double close_bound_of_rows(const std::vector<float>& naive, const std::vector<double>& exact,
                                   DType dtype, std::size_t part, double floor) {
-  return 2 * worst_part_error(naive, exact, part) + 4.1 * floor + 2 * storage_error(dtype);
+  const double stored = worst_part_error(stored_as(exact, dtype), exact, part);
+  return 2 * worst_part_error(naive, exact, part) + 4.1 * floor +
+         2 * std::max(storage_error(dtype), stored);
 }
 
 template <typename Ours>
