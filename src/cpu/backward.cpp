@@ -103,7 +103,7 @@ void back_head(Call& call, const Saved& saved, const Gradients& gradients, bool 
     for (std::int64_t i = 0; i < M; ++i) d_alpha[columns == 1 ? 0 : i] += back.d_alpha[i];
   }
   if (gradients.d_proj_out != nullptr) {
-    call.executor.parallel_for(job.dv / 16, [&](std::int64_t a, std::int64_t) {
+    parallel_for(call, job.dv / 16, [&](std::int64_t a, std::int64_t) {
       call.kernels.gemm(16, job.dv, job.num_queries, back.linear_copy + a * 16, 1, job.dv,
                         back.d_out_copy, job.dv, gradients.d_proj_out + a * 16 * job.dv, job.dv,
                         true);

@@ -185,8 +185,8 @@ void select_queries(Call& call, std::int64_t b, std::int64_t h) {
 
 void run(Call& call, Stage stage, std::int64_t count) {
   const Job& job = call.job;
-  call.executor.parallel_for(
-      count, [stage, &job](std::int64_t i, std::int64_t worker) { stage(job, i, worker); });
+  parallel_for(call, count,
+               [stage, &job](std::int64_t i, std::int64_t worker) { stage(job, i, worker); });
 }
 
 void run_workers(Call& call, Stage stage, std::int64_t count) {

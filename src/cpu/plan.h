@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "cpu/back.h"
@@ -82,6 +83,11 @@ Call make_call(const Problem& problem, const Inputs& inputs, const Context& cont
 void select_keys(Call& call, std::int64_t b, std::int64_t kv);
 void select_queries(Call& call, std::int64_t b, std::int64_t h);
 
+/// The executor's loop; its std::function holds a reference, for which it needs no memory.
+template <typename Task>
+void parallel_for(Call& call, std::int64_t n, const Task& task) {
+  call.executor.parallel_for(n, std::cref(task));
+}
 /// Runs a stage over `count` indices.
 void run(Call& call, Stage stage, std::int64_t count);
 /// Runs a stage whose tasks share `count` indices out, one task a worker.

@@ -91,12 +91,12 @@ void project(Call& call, const float* x, const float* w, std::int64_t rows, floa
     std::copy_n(x, rows * d, y);
     return;
   }
-  call.executor.parallel_for(
-      (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, std::int64_t) {
-        const std::int64_t first = task * kRowsPerTask;
-        call.kernels.gemm(std::min(kRowsPerTask, rows - first), d, d, x + first * d, d, 1, w, d,
-                          y + first * d, d, false);
-      });
+  parallel_for(call, (rows + kRowsPerTask - 1) / kRowsPerTask,
+               [&](std::int64_t task, std::int64_t) {
+                 const std::int64_t first = task * kRowsPerTask;
+                 call.kernels.gemm(std::min(kRowsPerTask, rows - first), d, d, x + first * d, d, 1,
+                                   w, d, y + first * d, d, false);
+               });
 }
 
 /// A score that at least `kept` blocks outside `fixed` reach; close to the worst of the kept ones.
@@ -175,19 +175,19 @@ void score(Call& call, std::int64_t h) {
   const float* routed_k_t = call.own.routed_k_t;
   call.kernels.products.pack_transposed_fp32(Type::kF32, {job.routed_k, d}, T, ld, d,
                                              call.own.routed_k_t);
-  call.executor.parallel_for(
-      (job.q_blocks + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, std::int64_t) {
-        const std::int64_t first = task * kRowsPerTask;
-        const std::int64_t rows = std::min(kRowsPerTask, job.q_blocks - first);
-        float* scores = job.scores + first * ld;
-        call.kernels.products.fp32(rows, ld, d, job.routed_q + first * d, d, &routed_k_t, 1, scores,
-                                   ld, false);
-        for (std::int64_t c = 0; c < rows * ld; ++c) scores[c] *= job.scale;
-      });
+  parallel_for(call, (job.q_blocks + kRowsPerTask - 1) / kRowsPerTask,
+               [&](std::int64_t task, std::int64_t) {
+                 const std::int64_t first = task * kRowsPerTask;
+                 const std::int64_t rows = std::min(kRowsPerTask, job.q_blocks - first);
+                 float* scores = job.scores + first * ld;
+                 call.kernels.products.fp32(rows, ld, d, job.routed_q + first * d, d, &routed_k_t,
+                                            1, scores, ld, false);
+                 for (std::int64_t c = 0; c < rows * ld; ++c) scores[c] *= job.scale;
+               });
 }
 
 void choose(Call& call, std::int32_t* blocks, float* logits) {
-  call.executor.parallel_for(call.job.q_blocks, [&](std::int64_t i, std::int64_t worker) {
+  parallel_for(call, call.job.q_blocks, [&](std::int64_t i, std::int64_t worker) {
     const float* scores = call.job.scores + i * call.padded_T;
     choose_blocks(call, scores, blocks + i * call.L);
     if (logits != nullptr) {
@@ -220,7 +220,7 @@ void weigh(Call& call, std::int64_t h, const std::int32_t* blocks, const float* 
   Job& job = call.job;
   const std::int64_t T = job.k_blocks;
   job.blocks = blocks;
-  call.executor.parallel_for(job.q_blocks, [&](std::int64_t i, std::int64_t) {
+  parallel_for(call, job.q_blocks, [&](std::int64_t i, std::int64_t) {
     float* rest = call.own.rest + i * T;
     bool empty = true;
     if (job.soft) {
@@ -293,20 +293,20 @@ void back_router(Call& call, std::int64_t h, float* d_proj_q, float* d_proj_k) {
   const std::int64_t at = (call.problem.num_routers == 1 ? 0 : h) * d * d;
   float* d_s = call.own.d_scores;
   const float* logits = call.own.logits;
-  call.executor.parallel_for(M, [&](std::int64_t i, std::int64_t worker) {
+  parallel_for(call, M, [&](std::int64_t i, std::int64_t worker) {
     back_scores(call, i, logits + i * call.T, call.own.soft + worker * call.T, d_s + i * ld);
   });
   // dW += x^T y, 16 rows of W a task; y = dS (kb Wk) for Wq, dS^T (qb Wq) for Wk.
   const auto add = [&](const float* x, const float* other, std::int64_t rows, std::int64_t inner,
                        std::int64_t a_row, std::int64_t a_col, float* d_w) {
     float* y = call.own.router_rows;
-    call.executor.parallel_for(
-        (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, std::int64_t) {
+    parallel_for(
+        call, (rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::int64_t task, std::int64_t) {
           const std::int64_t first = task * kRowsPerTask;
           call.kernels.gemm(std::min(kRowsPerTask, rows - first), d, inner, d_s + first * a_row,
                             a_row, a_col, other, d, y + first * d, d, false);
         });
-    call.executor.parallel_for(d / 16, [&](std::int64_t a, std::int64_t) {
+    parallel_for(call, d / 16, [&](std::int64_t a, std::int64_t) {
       call.kernels.gemm(16, d, rows, x + a * 16, 1, d, y, d, d_w + at + a * 16 * d, d, true);
     });
   };
