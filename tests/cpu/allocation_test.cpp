@@ -40,9 +40,9 @@ TEST_P(Allocation, NoneInACall) {
     const auto pool = make_thread_pool(3);
     call.run_forward(*pool);
     call.run_backward(*pool);
-    std::vector<std::byte> workspace(std::max(workspace_bytes(p, Pass::kForward, 3),
-                                              workspace_bytes(p, Pass::kBackward, 3)));
-    const Context context{*pool, workspace};
+    const Workspace workspace(
+        std::max(workspace_bytes(p, Pass::kForward, 3), workspace_bytes(p, Pass::kBackward, 3)));
+    const Context context{*pool, workspace.span()};
     const Inputs inputs = call.inputs();
     const Outputs outputs = call.outputs();
     const Saved saved = call.saved();
