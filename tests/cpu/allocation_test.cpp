@@ -17,13 +17,14 @@ std::atomic<int> allocations{0};
 }  // namespace
 
 // The process's own: every new of this program is counted.
-void* operator new(std::size_t size) {
+// Not inline: gcc takes a malloc and a free that it sees for a mismatch.
+[[gnu::noinline]] void* operator new(std::size_t size) {
   ++allocations;
   if (void* memory = std::malloc(size == 0 ? 1 : size)) return memory;
   throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory) noexcept { std::free(memory); }
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 namespace sla2::test {
 namespace {
