@@ -6,12 +6,8 @@
 
 namespace sla2 {
 
-/// Asks the system for huge pages where whole ones lie inside `memory` (Linux: MADV_HUGEPAGE): a
-/// page that is touched for the first time costs a fault, and every page an entry of the tables
-/// that translate addresses. Contents do not change; where the system has none, nothing happens.
-void advise_huge_pages(std::span<std::byte> memory) noexcept;
-
-/// Bytes from the system, aligned to 64 or, from 2 MiB on, to huge pages, for which it asks.
+/// Bytes from the system, aligned to 64 or, from 2 MiB on, to huge pages, for which it asks (Linux:
+/// MADV_HUGEPAGE; nothing happens where there are none).
 /// Contents are undefined. Keep one and use it again: a new one for each call costs page faults,
 /// as much time as the call itself.
 class Workspace {

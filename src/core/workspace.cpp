@@ -2,7 +2,6 @@
 #include "sla2/workspace.h"
 
 #include <cstddef>
-#include <cstdint>
 #include <cstdlib>
 #include <limits>
 #include <span>
@@ -24,20 +23,15 @@ std::size_t rounded_up(std::size_t bytes, std::size_t unit) {
   return (bytes + unit - 1) / unit * unit;
 }
 
-}  // namespace
-
-void advise_huge_pages(std::span<std::byte> memory) noexcept {
+/// `memory` is aligned to huge pages and has whole ones. Refused where the kernel has none: nothing
+/// is lost.
+void advise_huge_pages([[maybe_unused]] std::span<std::byte> memory) {
 #ifdef __linux__
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory.data());
-  const std::size_t skipped = rounded_up(begin, kHugePage) - begin;
-  if (memory.size() < skipped + kHugePage) return;
-  const std::size_t whole = (memory.size() - skipped) / kHugePage * kHugePage;
-  // Refused where the kernel has no huge pages: nothing is lost.
-  static_cast<void>(madvise(memory.data() + skipped, whole, MADV_HUGEPAGE));
-#else
-  static_cast<void>(memory);
+  static_cast<void>(madvise(memory.data(), memory.size(), MADV_HUGEPAGE));
 #endif
 }
+
+}  // namespace
 
 Workspace::Workspace(std::size_t bytes) {
   if (bytes == 0) return;
@@ -49,7 +43,7 @@ Workspace::Workspace(std::size_t bytes) {
     throw Error(ErrorKind::kRuntime, message("no memory for a workspace of ", bytes, " bytes"));
   }
   bytes_ = {static_cast<std::byte*>(memory), bytes};
-  advise_huge_pages({bytes_.data(), rounded_up(bytes, alignment)});
+  if (alignment == kHugePage) advise_huge_pages({bytes_.data(), rounded_up(bytes, alignment)});
 }
 
 Workspace::~Workspace() { std::free(bytes_.data()); }
