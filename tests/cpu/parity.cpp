@@ -128,17 +128,18 @@ double score_error(Call& call) {
 /// run now and then. In bf16 the rule speaks of the root mean square over some runs that round up
 /// or down at random, whose errors are sqrt(2) times as large (see plain16.h). fp32 sums round by
 /// the size of their terms, not of what is left of them (SoftTop-k's gradient of two blocks is a
-/// single number, a difference): the floor grows by `terms_of` that cancel.
+/// single number, a difference): the floor, or that of a `long_sum`, grows by `terms_of` that cancel.
 void expect_parameter(const char* what, Call& call, const Array<float>& ours,
                       std::vector<float> reference::GradientResult<float>::*member,
                       const reference::GradientResult<float>& naive,
                       const std::vector<double>& exact, bool in_bf16, double floor = kSumError,
-                      std::vector<double> reference::GradientResult<double>::*terms_of = nullptr) {
+                      std::vector<double> reference::GradientResult<double>::*terms_of = nullptr,
+                      double long_sum = 0) {
   if (ours.size() == 0) return;
   const double error = relative_error(ours.values(), exact);
   const bool passes = error <= 2 * relative_error(naive.*member, exact) + floor;
   if (!in_bf16 && !passes && terms_of != nullptr && largest(exact) != 0) {
-    floor *= std::max(1.0, cancelled_terms(call, terms_of, exact));
+    floor = std::max(floor, long_sum) * std::max(1.0, cancelled_terms(call, terms_of, exact));
     floor += score_error(call);
     floor += input_error(call, terms_of, exact, std::ssize(exact));
   }
@@ -254,11 +255,11 @@ void expect_backward(Call& call) {
                    exact_d.d_alpha_logit, in_bf16, floor, &Exact::d_alpha_logit);
   // l_ij is a product of dH_i and h_j.
   const auto products = static_cast<double>(problem.head_dim * problem.value_dim);
-  const double router_floor = std::max(kSumError, sum_error(products));
+  const double long_sum = sum_error(products);
   expect_parameter("d_proj_q", call, call.d_proj_q, &Gradient::d_proj_q, naive_d, exact_d.d_proj_q,
-                   in_bf16, router_floor, &Exact::d_proj_q);
+                   in_bf16, kSumError, &Exact::d_proj_q, long_sum);
   expect_parameter("d_proj_k", call, call.d_proj_k, &Gradient::d_proj_k, naive_d, exact_d.d_proj_k,
-                   in_bf16, router_floor, &Exact::d_proj_k);
+                   in_bf16, kSumError, &Exact::d_proj_k, long_sum);
   expect_parameter("d_proj_out", call, call.d_proj_out, &Gradient::d_proj_out, naive_d,
                    exact_d.d_proj_out, in_bf16);
 }
