@@ -128,7 +128,8 @@ double score_error(Call& call) {
 /// run now and then. In bf16 the rule speaks of the root mean square over some runs that round up
 /// or down at random, whose errors are sqrt(2) times as large (see plain16.h). fp32 sums round by
 /// the size of their terms, not of what is left of them (SoftTop-k's gradient of two blocks is a
-/// single number, a difference): the floor, or that of a `long_sum`, grows by `terms_of` that cancel.
+/// single number, a difference): the floor, or that of a `long_sum`, grows by `terms_of` that
+/// cancel.
 void expect_parameter(const char* what, Call& call, const Array<float>& ours,
                       std::vector<float> reference::GradientResult<float>::*member,
                       const reference::GradientResult<float>& naive,
