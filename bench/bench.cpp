@@ -7,6 +7,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <utility>
@@ -15,16 +16,14 @@
 namespace sla2::bench {
 namespace {
 
-/// A dense tensor of the problem's type.
+/// A dense tensor of the problem's type, aligned as PyTorch's are: to 64 bytes.
 class Tensor {
  public:
   Tensor(DType dtype, std::array<std::int64_t, 4> shape) : dtype_(dtype), shape_(shape) {
-    bytes_.resize(static_cast<std::size_t>(size() * bytes_of(dtype)));
+    bytes_.reset(new (kAlignment) std::byte[static_cast<std::size_t>(size() * bytes_of(dtype))]());
   }
   [[nodiscard]] std::int64_t size() const { return shape_[0] * shape_[1] * shape_[2] * shape_[3]; }
-  [[nodiscard]] View view() {
-    return dense_view(static_cast<void*>(bytes_.data()), dtype_, shape_);
-  }
+  [[nodiscard]] View view() { return dense_view(static_cast<void*>(bytes_.get()), dtype_, shape_); }
   [[nodiscard]] std::vector<float> values() const {
     std::vector<float> result(static_cast<std::size_t>(size()));
     for (std::int64_t i = 0; i < size(); ++i) result[static_cast<std::size_t>(i)] = get(i);
@@ -74,9 +73,14 @@ class Tensor {
     return (half & 0x8000) != 0 ? -value : value;
   }
 
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(std::byte* bytes) const { ::operator delete[](bytes, kAlignment); }
+  };
+
   DType dtype_;
   std::array<std::int64_t, 4> shape_;
-  std::vector<std::byte> bytes_;
+  std::unique_ptr<std::byte[], Free> bytes_;
 };
 
 }  // namespace
