@@ -51,8 +51,7 @@ void forward(const Problem& problem, const Inputs& inputs, const Outputs& output
         std::copy_n(job.k_mean, job.d,
                     outputs.k_mean + (b * problem.num_kv_heads + kv) * problem.head_dim);
       }
-      run(call, kernels.pack_keys,
-          job.linear16 ? padded_blocks(job.k_blocks) / 2 : (job.k_blocks + 1) / 2);
+      run_workers(call, kernels.pack_keys, num_packed_pairs(job));
       done("pack_keys");
       for (std::int64_t h = kv * group; h < (kv + 1) * group; ++h) {
         select_queries(call, b, h);

@@ -139,7 +139,8 @@ struct Kernels {
   /// Integers and scale of one row of q, as query_blocks uses them (for tests).
   float (*quantized_row)(const float* x, std::int64_t d, std::int8_t* out);
   Stage sum_keys;      // key block: k_block_sums, v_amax
-  Stage pack_keys;     // pair of key blocks: everything of the key/value head
+  Stage pack_keys;     // worker: everything of the key/value head, pairs of key blocks by
+                       // next_index, num_packed_pairs of them
   Stage pool_keys;     // key block: pooled_k alone
   Stage pool_queries;  // query block
   Stage sum_z;         // kSumRows query blocks: sum_z, sums_direct
@@ -185,6 +186,10 @@ inline constexpr std::int64_t kScoreStride = kForwardKeys + 16;
 inline constexpr std::int64_t kLeftStride = kForwardKeys + 64;
 /// Key blocks of h_packed in bf16: whole tiles of 16 pairs.
 constexpr std::int64_t padded_blocks(std::int64_t blocks) { return (blocks + 31) / 32 * 32; }
+/// Pairs of key blocks that pack_keys fills, with the zeros behind the last block.
+constexpr std::int64_t num_packed_pairs(const Job& job) {
+  return (job.linear16 ? padded_blocks(job.k_blocks) : job.k_blocks + 1) / 2;
+}
 /// Between panels of h_packed; the second one in bf16.
 constexpr std::int64_t h_stride(std::int64_t blocks) { return (blocks + 1) * kPanel; }
 constexpr std::int64_t h_stride16(std::int64_t blocks) {

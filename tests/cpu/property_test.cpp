@@ -373,7 +373,7 @@ TEST_P(Cpu, IntegersEqualTheReferenceBitForBit) {
   cpu::Call run = cpu::make_call(p, inputs, {serial, workspace}, Pass::kForward, kernels);
   cpu::select_keys(run, 0, 0);
   cpu::smooth(run);
-  cpu::run(run, kernels.pack_keys, cpu::padded_blocks(run.job.k_blocks) / 2);
+  cpu::run_workers(run, kernels.pack_keys, cpu::num_packed_pairs(run.job));
 
   const cpu::Job& job = run.job;
   const auto* keys = static_cast<const std::uint8_t*>(job.keys);
