@@ -138,9 +138,9 @@ double rate(Executor& executor, const Form& form) {
   const auto all = [&] {
     executor.parallel_for(threads, [&](std::int64_t, std::int64_t) { form.loop(rounds); });
   };
-  while (seconds_of(all) < 0.01) rounds *= 2;
+  while (seconds_of(all) < 0.005) rounds *= 2;
   double best = 1e30;
-  for (int i = 0; i < 5; ++i) best = std::min(best, seconds_of(all));
+  for (int i = 0; i < 4; ++i) best = std::min(best, seconds_of(all));
   return static_cast<double>(threads * rounds) * form.multiply_adds / best;
 }
 

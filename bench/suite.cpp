@@ -86,7 +86,6 @@ class Suite {
         "implementation "
         "uses; 8 fp32 multiply-adds for an exponential; inputs and outputs once (k twice forward) "
         "at the memory's read rate. Not in it: quantisation, packing, pooling, top-k";
-    for (const Group& group : groups_) peaks(group.threads);
     verify_all();
     if (o_.rivals) {
       rivals_ = std::make_unique<Rivals>(o_.python);
@@ -116,22 +115,27 @@ class Suite {
     o_.print("left out: " + what + ": " + reason);
   }
 
-  const Peaks& peaks(std::int64_t threads) {
-    const auto found = peaks_.find(threads);
-    if (found != peaks_.end()) return found->second;
-    const Peaks& measured = peaks_[threads] = measure_peaks(executor(threads));
+  /// Of a group, right before its rows: the clock of a shared machine changes within minutes.
+  Peaks peaks(const Group& group) {
+    Peaks measured = measure_peaks(executor(group.threads));
     Json sets = Json::object();
     std::string line =
-        format("peaks on %d thread(s), G multiply-adds/s:", static_cast<int>(threads));
+        format("peaks on %d thread(s), G multiply-adds/s:", static_cast<int>(group.threads));
     for (const InstructionPeaks& set : measured.sets) {
       sets[set.name] = {
           {"int8", set.int8 * 1e-9}, {"bf16", set.bf16 * 1e-9}, {"fp32", set.fp32 * 1e-9}};
       line += format(" %s int8 %.0f bf16 %.0f fp32 %.0f;", set.name.c_str(), set.int8 * 1e-9,
                      set.bf16 * 1e-9, set.fp32 * 1e-9);
     }
-    o_.print(line + format(" memory %.1f GB/s", measured.bytes * 1e-9));
-    report_["peaks"].push_back(
-        {{"threads", threads}, {"gmac_per_s", sets}, {"memory_gb_per_s", measured.bytes * 1e-9}});
+    if (peaks_printed_.insert(group.threads).second) {
+      o_.print(line + format(" memory %.1f GB/s", measured.bytes * 1e-9));
+    }
+    report_["peaks"].push_back({{"threads", group.threads},
+                                {"tokens", group.tokens},
+                                {"head_dim", group.head_dim},
+                                {"pass", name_of(group.pass)},
+                                {"gmac_per_s", sets},
+                                {"memory_gb_per_s", measured.bytes * 1e-9}});
     return measured;
   }
 
@@ -291,6 +295,7 @@ class Suite {
       return;
     }
     std::vector<Case> cases = cases_of(group);
+    const Peaks machine = peaks(group);
     measure(group, cases);
     std::map<std::string, double> medians;  // of rivals, by name and keep
     for (Case& one : cases) {
@@ -299,14 +304,15 @@ class Suite {
       known_[row_name(name, group, one.problem.config.keep)] = {group.tokens, median};
       if (!one.own) medians[key_of(one.name, one.problem.config.keep)] = median;
     }
-    for (Case& one : cases) add_row(group, one, medians);
+    for (Case& one : cases) add_row(group, one, machine, medians);
   }
 
   static std::string key_of(const std::string& name, double keep) {
     return format("%s %g", name.c_str(), keep);
   }
 
-  void add_row(const Group& group, Case& one, const std::map<std::string, double>& medians) {
+  void add_row(const Group& group, Case& one, const Peaks& machine,
+               const std::map<std::string, double>& medians) {
     const Problem& p = one.problem;
     const Seconds s = quartiles(one.samples);
     const double tflops = full_attention_flops(p, group.pass) / s.median * 1e-12;
@@ -327,7 +333,6 @@ class Suite {
              {"verified", one.own != nullptr}};
     std::string share, faster;
     if (one.own) {
-      const Peaks& machine = peaks(group.threads);
       const double least = roofline_seconds(least_work(p, group.pass),
                                             peaks_of(machine, one.implementation), machine.bytes);
       row["roofline_share"] = least / s.median;
@@ -360,7 +365,7 @@ class Suite {
   Json report_;
   std::vector<Group> groups_;
   std::map<std::int64_t, std::unique_ptr<Executor>> pools_;
-  std::map<std::int64_t, Peaks> peaks_;
+  std::set<std::int64_t> peaks_printed_;  // numbers of threads
   std::unique_ptr<Rivals> rivals_;
   std::set<std::string> refused_;
   std::map<std::string, std::pair<std::int64_t, double>> known_;  // row: tokens, seconds
