@@ -18,7 +18,7 @@
 namespace sla2::bench {
 namespace {
 
-// 24 instructions of one form on registers 0 to 23 (16-register sets: 12 on 0 to 11).
+// 12 instructions of one form on registers 0 to 11.
 #define SLA2_TWELVE(form, width, a, b)                                                             \
   form " %%" width a ", %%" width b ", %%" width "0\n" form " %%" width a ", %%" width b           \
        ", %%" width "1\n" form " %%" width a ", %%" width b ", %%" width "2\n" form " %%" width a  \
@@ -138,9 +138,12 @@ double rate(Executor& executor, const Form& form) {
   const auto all = [&] {
     executor.parallel_for(threads, [&](std::int64_t, std::int64_t) { form.loop(rounds); });
   };
-  while (seconds_of(all) < 0.005) rounds *= 2;
-  double best = 1e30;
-  for (int i = 0; i < 4; ++i) best = std::min(best, seconds_of(all));
+  double best = 0;
+  while (best < 0.004) {  // a single run may be longer for another reason
+    rounds *= 2;
+    best = 1e30;
+    for (int i = 0; i < 4; ++i) best = std::min(best, seconds_of(all));
+  }
   return static_cast<double>(threads * rounds) * form.multiply_adds / best;
 }
 

@@ -115,8 +115,9 @@ class Suite {
     o_.print("left out: " + what + ": " + reason);
   }
 
-  /// Of a group, right before its rows: the clock of a shared machine changes within minutes.
+  /// Of a group, before its rows: the clock of a shared machine changes within minutes.
   Peaks peaks(const Group& group) {
+    wait_for_rivals();
     Peaks measured = measure_peaks(executor(group.threads));
     Json sets = Json::object();
     std::string line =
@@ -257,11 +258,13 @@ class Suite {
     }
   }
 
+  /// Torch's threads spin for a while behind their work.
+  static void wait_for_rivals() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }
+
   double run_once(const Group& group, Case& one) {
     o_.check_stop();
     if (!one.own) return rivals_->run(one.id);
-    // Torch's threads spin for a while behind their work.
-    if (after_rival_) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    if (after_rival_) wait_for_rivals();
     return seconds_of(
         [&] { group.pass == Pass::kBackward ? one.own->backward() : one.own->forward(false); });
   }
@@ -295,6 +298,7 @@ class Suite {
       return;
     }
     std::vector<Case> cases = cases_of(group);
+    if (cases.empty()) return;
     const Peaks machine = peaks(group);
     measure(group, cases);
     std::map<std::string, double> medians;  // of rivals, by name and keep

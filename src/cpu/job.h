@@ -172,14 +172,12 @@ extern const Kernels kKernels;
 /// Bytes that one worker of any stage needs.
 std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k);
 
-/// Query rows that a stage holds at once, and keys of one chunk of the softmax.
 inline constexpr std::int64_t kPanel = 64;         // columns of h side by side
 inline constexpr std::int64_t kPanelsPerTask = 8;  // the last task has z_j
 inline constexpr std::int64_t kBlockTile = 32;
-inline constexpr std::int64_t kRowTile = 64;
-inline constexpr std::int64_t kChunkKeys = 512;
-inline constexpr std::int64_t kForwardKeys = 1024;
-inline constexpr std::int64_t kSumRows = 32;  // query blocks whose sums are in flight
+inline constexpr std::int64_t kRowTile = 64;        // query rows that a stage holds at once
+inline constexpr std::int64_t kForwardKeys = 1024;  // keys of one chunk of the softmax, at most
+inline constexpr std::int64_t kSumRows = 32;        // query blocks whose sums are in flight
 
 // Strides, in elements: rows a power of two of bytes apart would fall into few sets of a cache.
 inline constexpr std::int64_t kScoreStride = kForwardKeys + 16;

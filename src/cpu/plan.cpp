@@ -74,7 +74,7 @@ std::int64_t scratch_bytes(std::int64_t d, std::int64_t dv, std::int64_t block_k
   const std::int64_t forward_keys = block_k * (2 * d + 16 + 2 * dv) + 2 * d * dv + 16;
   const std::int64_t forward_queries =
       kRowTile * (3 * d + 3 * dv + kScoreStride + kLeftStride / 2 + 5);
-  const std::int64_t forward_sums = (kSumRows + 1) * kPanel * kPanelsPerTask;
+  const std::int64_t forward_sums = kSumRows * kPanel * kPanelsPerTask;
   const std::int64_t floats = std::max({forward_keys, forward_queries, forward_sums}) + 16;
   return (floats * 4 + 63) / 64 * 64;
 }
