@@ -35,9 +35,12 @@
 namespace sla2::cpu {
 namespace {
 
-// Register tiles. AVX-512: 16 of 32 registers accumulate; the others have 16 registers in all.
+// Register tiles. AVX-512: 16 of 32 registers accumulate; the others have 16 registers in all, of
+// which a sum without FMA needs one more.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 4, kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kTileVectors = 2;
 #else
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
