@@ -16,14 +16,21 @@
 namespace sla2::bench {
 namespace {
 
-/// A dense tensor of the problem's type, aligned as PyTorch's are: to 64 bytes.
+/// A tensor of the problem's type without gaps, aligned as PyTorch's are: to 64 bytes.
 class Tensor {
  public:
-  Tensor(DType dtype, std::array<std::int64_t, 4> shape) : dtype_(dtype), shape_(shape) {
+  Tensor(DType dtype, Layout layout, std::array<std::int64_t, 4> shape)
+      : dtype_(dtype), layout_(layout), shape_(shape) {
     bytes_.reset(new (kAlignment) std::byte[static_cast<std::size_t>(size() * bytes_of(dtype))]());
   }
   [[nodiscard]] std::int64_t size() const { return shape_[0] * shape_[1] * shape_[2] * shape_[3]; }
-  [[nodiscard]] View view() { return dense_view(static_cast<void*>(bytes_.get()), dtype_, shape_); }
+  [[nodiscard]] View view() {
+    View view = dense_view(static_cast<void*>(bytes_.get()), dtype_, shape_);
+    if (layout_ == Layout::kBNHD)
+      view.strides = {view.strides[0], shape_[3], shape_[1] * shape_[3], 1};
+    return view;
+  }
+  /// In the order of the memory.
   [[nodiscard]] std::vector<float> values() const {
     std::vector<float> result(static_cast<std::size_t>(size()));
     for (std::int64_t i = 0; i < size(); ++i) result[static_cast<std::size_t>(i)] = get(i);
@@ -79,6 +86,7 @@ class Tensor {
   };
 
   DType dtype_;
+  Layout layout_;
   std::array<std::int64_t, 4> shape_;
   std::unique_ptr<std::byte[], Free> bytes_;
 };
@@ -101,33 +109,35 @@ double seconds_of(const std::function<void()>& run) {
 }
 
 struct Data {
+  Layout layout;
   Tensor q, k, v, d_out, out, d_q, d_k, d_v;
   Workspace workspace;
 };
 
 namespace {
-Tensor queries(const Problem& p, std::int64_t width) {
-  return {p.dtype, {p.batch, p.num_heads, p.q_tokens, width}};
+Tensor queries(const Problem& p, Layout layout, std::int64_t width) {
+  return {p.dtype, layout, {p.batch, p.num_heads, p.q_tokens, width}};
 }
-Tensor keys(const Problem& p, std::int64_t width) {
-  return {p.dtype, {p.batch, p.num_kv_heads, p.k_tokens, width}};
+Tensor keys(const Problem& p, Layout layout, std::int64_t width) {
+  return {p.dtype, layout, {p.batch, p.num_kv_heads, p.k_tokens, width}};
 }
 std::vector<float> floats(std::int64_t n) {
   return std::vector<float>(static_cast<std::size_t>(n));
 }
 }  // namespace
 
-std::shared_ptr<Data> make_data(const Problem& p) {
+std::shared_ptr<Data> make_data(const Problem& p, Layout layout) {
   validate(p);
   std::mt19937 generator(1);
-  auto data = std::make_shared<Data>(Data{queries(p, p.head_dim),
-                                          keys(p, p.head_dim),
-                                          keys(p, p.value_dim),
-                                          queries(p, p.value_dim),
-                                          queries(p, p.value_dim),
-                                          queries(p, p.head_dim),
-                                          keys(p, p.head_dim),
-                                          keys(p, p.value_dim),
+  auto data = std::make_shared<Data>(Data{layout,
+                                          queries(p, layout, p.head_dim),
+                                          keys(p, layout, p.head_dim),
+                                          keys(p, layout, p.value_dim),
+                                          queries(p, layout, p.value_dim),
+                                          queries(p, layout, p.value_dim),
+                                          queries(p, layout, p.head_dim),
+                                          keys(p, layout, p.head_dim),
+                                          keys(p, layout, p.value_dim),
                                           {}});
   for (Tensor* x : {&data->q, &data->k, &data->v, &data->d_out}) x->randomise(generator);
   return data;
@@ -144,8 +154,8 @@ Operator::Operator(const Problem& p, Executor& executor, std::shared_ptr<Data> d
   const std::int64_t rows = p.batch * p.num_heads * num_q_blocks(p);
   blocks_.resize(static_cast<std::size_t>(rows * max_routed_blocks(p)));
   own_ = std::make_unique<Own>(Own{
-      queries(p, p.value_dim), queries(p, p.value_dim), floats(p.batch * p.num_heads * p.q_tokens),
-      floats(p.batch * p.num_kv_heads * p.head_dim),
+      queries(p, data_->layout, p.value_dim), queries(p, data_->layout, p.value_dim),
+      floats(p.batch * p.num_heads * p.q_tokens), floats(p.batch * p.num_kv_heads * p.head_dim),
       floats(is_soft() ? rows * num_k_blocks(p, p.k_tokens) : 0),
       floats(p.num_heads * p.alpha_blocks), floats(2 * p.num_routers * p.head_dim * p.head_dim)});
 }
@@ -232,7 +242,7 @@ std::vector<std::vector<float>> results(Problem p, const char* implementation, E
   x.workspace.reserve(std::max(workspace_bytes(p, Pass::kForward, executor.num_threads()),
                                workspace_bytes(p, Pass::kBackward, executor.num_threads())));
   const Context context{executor, x.workspace.span()};
-  Tensor sparse = queries(p, p.value_dim), linear = queries(p, p.value_dim);
+  Tensor sparse = queries(p, x.layout, p.value_dim), linear = queries(p, x.layout, p.value_dim);
   std::vector<float> lse = floats(p.batch * p.num_heads * p.q_tokens);
   std::vector<float> mean = floats(p.batch * p.num_kv_heads * p.head_dim);
   Inputs inputs;
@@ -274,14 +284,15 @@ void require_close(const std::string& name, const std::vector<float>& got,
                                        std::to_string(bound));
 }
 
-void verify(const Problem& problem, Executor& executor) {
+void verify(const Problem& problem, Executor& executor, Layout layout) {
   Problem p = problem;
-  p.batch = p.num_heads = p.num_kv_heads = 1;
+  p.batch = 1;
+  p.num_heads = p.num_kv_heads = std::min<std::int64_t>(2, p.num_heads);
   p.num_routers = p.alpha_blocks = 1;
   p.q_tokens = std::min<std::int64_t>(512, p.q_tokens);
   p.k_tokens = std::min<std::int64_t>(512, p.k_tokens);
   p.config.routing = RoutingMode::kHard;
-  const auto data = make_data(p);
+  const auto data = make_data(p, layout);
   std::vector<std::int32_t> blocks;
   const auto got = results(p, problem.implementation, executor, *data, blocks);
   const auto want = results(p, "reference", executor, *data, blocks);

@@ -23,9 +23,12 @@ Seconds quartiles(std::vector<double> samples);
 /// Wall time of one run.
 double seconds_of(const std::function<void()>& run);
 
+/// How tensors [B, H, N, D] lie in memory: head by head, or token by token.
+enum class Layout : std::uint8_t { kBHND, kBNHD };
+
 /// The tensors that all cases of one shape share, random normal, and one workspace.
 struct Data;
-std::shared_ptr<Data> make_data(const Problem& p);
+std::shared_ptr<Data> make_data(const Problem& p, Layout layout = Layout::kBHND);
 
 /// One problem on shared data: the router is the identity, alpha 1/2.
 class Operator {
@@ -60,9 +63,9 @@ class Operator {
   std::vector<std::int32_t> blocks_;
 };
 
-/// Forward and backward of the problem, at 512 tokens at most, against the reference under one
-/// routing. Throws sla2::Error (kRuntime) if the result is wrong.
-void verify(const Problem& problem, Executor& executor);
+/// Forward and backward of the problem, at most 512 tokens in two heads, against the reference
+/// under one routing. Throws sla2::Error (kRuntime) if the result is wrong.
+void verify(const Problem& problem, Executor& executor, Layout layout = Layout::kBHND);
 
 /// Throws sla2::Error (kRuntime) unless |got - want| <= bound |want| in the Euclidean norm.
 void require_close(const std::string& name, const std::vector<float>& got,

@@ -20,6 +20,7 @@ using namespace sla2;
 constexpr const char* kUsage =
     "operator_bench [--shape 1,1,8192,128] [--keep 0.03] [--precision int8,bf16,fp32]\n"
     "               [--pass forward,backward] [--threads N,...] [--dtype fp32|bf16|fp16]\n"
+    "               [--layout bhnd,bnhd]\n"
     "               [--routing hard|soft] [--block_q 128] [--block_k 64] [--implementation NAME]\n"
     "               [--repeats 9] [--seconds 0.4] [--minutes 13] [--rivals 0] [--json FILE]\n";
 
@@ -108,6 +109,11 @@ bench::SuiteOptions parse(int argc, char** argv, std::string& json) {
     } else if (name == "--dtype") {
       o.dtype = one_of<DType>(
           name, value, {{"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"fp16", DType::kF16}});
+    } else if (name == "--layout") {
+      o.layouts = list_of(value, [&](const std::string& x) {
+        return one_of<bench::Layout>(
+            name, x, {{"bhnd", bench::Layout::kBHND}, {"bnhd", bench::Layout::kBNHD}});
+      });
     } else if (name == "--block_q") {
       o.config.block_q = to_integer(name, value);
     } else if (name == "--block_k") {

@@ -50,6 +50,7 @@ def rows_of(report, arguments, direction):
         if row["pass"] == direction
         and row["shape"][3] == arguments.d
         and row["threads"] == arguments.threads
+        and row.get("layout", "bhnd") == "bhnd"
     ]
 
 
@@ -171,8 +172,8 @@ def table(report):
     for row in report["rows"]:
         rivals += [name for name in row["speedup_over"] if name not in rivals]
     rivals = [r for r in rivals if any(r in row["speedup_over"] for row in report["rows"])]
-    head = ["pass", "threads", "N", "d", "keep", "precision", "ms", "quartiles", "TFLOP/s"]
-    head += ["roofline", "workspace MiB", *[f"over {name.replace('_', ' ')}" for name in rivals]]
+    head = ["pass", "threads", "N", "d", "keep", "precision", "layout", "ms", "quartiles"]
+    head += ["TFLOP/s", "roofline", "workspace MiB", *[f"over {name.replace('_', ' ')}" for name in rivals]]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report["rows"]:
         if row["name"] != "sla2":
@@ -186,6 +187,7 @@ def table(report):
             str(row["shape"][3]),
             f"{row['keep']:g}",
             row["precision"],
+            row.get("layout", ""),
             f"{row['ms_median']:.2f}",
             f"{row['ms_q1']:.2f} to {row['ms_q3']:.2f}",
             f"{row['effective_tflops']:.2f}",

@@ -43,6 +43,7 @@ void validate(const SuiteOptions& o) {
   require_some("keep", o.keeps);
   require_some("precision", o.precisions);
   require_some("pass", o.passes);
+  require_some("layout", o.layouts);
   for (const std::int64_t threads : o.threads) {
     if (threads < 1 || threads > 1024) refuse("threads", "in [1, 1024]", threads);
   }
@@ -109,7 +110,7 @@ void check_report(const nlohmann::json& report) {
     require_field(one, "left_out", "reason", &Json::is_string);
   }
   for (const Json& row : report.at("rows")) {
-    for (const char* field : {"name", "impl", "pass", "precision"}) {
+    for (const char* field : {"name", "impl", "pass", "precision", "layout"}) {
       require_field(row, "rows", field, &Json::is_string);
     }
     for (const char* field :

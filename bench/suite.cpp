@@ -32,6 +32,8 @@ std::string name_of(Precision precision) {
   return io::to_json(config)["precision"];
 }
 
+const char* name_of(Layout layout) { return layout == Layout::kBNHD ? "bnhd" : "bhnd"; }
+
 template <typename... Values>
 std::string format(const char* form, Values... values) {
   char line[256];
@@ -42,6 +44,7 @@ std::string format(const char* form, Values... values) {
 /// One row: something to run in turns with the others.
 struct Case {
   std::string name, implementation, precision;
+  Layout layout = Layout::kBHND;
   Problem problem;
   std::unique_ptr<Operator> own;  // null: a rival
   std::string id;                 // of a rival
@@ -166,9 +169,11 @@ class Suite {
           const std::string key =
               format("%d %d %d %s", static_cast<int>(tokens), static_cast<int>(p.head_dim),
                      static_cast<int>(kept), name_of(precision).c_str());
-          if (!done.insert(key).second) continue;
-          o_.check_stop();
-          verify(p, executor(groups_.front().threads));
+          for (const Layout layout : o_.layouts) {
+            if (!done.insert(key + name_of(layout)).second) continue;
+            o_.check_stop();
+            verify(p, executor(groups_.front().threads), layout);
+          }
         }
       }
     }
@@ -199,11 +204,21 @@ class Suite {
 
   std::vector<Case> cases_of(const Group& group) {
     std::vector<Case> cases;
+    for (const Layout layout : o_.layouts) add_own(group, layout, cases);
+    if (group.with_rivals && rivals_ && rivals_->reason().empty()) add_rivals(group, cases);
+    return cases;
+  }
+
+  static std::string own_name(const std::string& precision, Layout layout) {
+    return "sla2 " + precision + " " + name_of(layout);
+  }
+
+  void add_own(const Group& group, Layout layout, std::vector<Case>& cases) {
     const Problem shape = problem(group, o_.keeps.front(), o_.precisions.front());
-    const auto data = make_data(shape);
+    const auto data = make_data(shape, layout);
     for (const double keep : o_.keeps) {
       for (const Precision precision : o_.precisions) {
-        const std::string name = std::string("sla2 ") + name_of(precision);
+        const std::string name = own_name(name_of(precision), layout);
         // The backward is never in 8 bits: bf16's is the same.
         if (group.pass == Pass::kBackward && precision == Precision::kInt8 &&
             std::count(o_.precisions.begin(), o_.precisions.end(), Precision::kBf16) > 0) {
@@ -213,6 +228,7 @@ class Suite {
         Case one;
         one.name = "sla2";
         one.precision = name_of(precision);
+        one.layout = layout;
         one.problem = problem(group, keep, precision);
         one.own = std::make_unique<Operator>(one.problem, executor(group.threads), data);
         one.implementation = one.own->implementation(group.pass);
@@ -220,8 +236,6 @@ class Suite {
         cases.push_back(std::move(one));
       }
     }
-    if (group.with_rivals && rivals_ && rivals_->reason().empty()) add_rivals(group, cases);
-    return cases;
   }
 
   void add_rivals(const Group& group, std::vector<Case>& cases) {
@@ -304,7 +318,7 @@ class Suite {
     std::map<std::string, double> medians;  // of rivals, by name and keep
     for (Case& one : cases) {
       const double median = quartiles(one.samples).median;
-      const std::string name = one.own ? "sla2 " + one.precision : one.name;
+      const std::string name = one.own ? own_name(one.precision, one.layout) : one.name;
       known_[row_name(name, group, one.problem.config.keep)] = {group.tokens, median};
       if (!one.own) medians[key_of(one.name, one.problem.config.keep)] = median;
     }
@@ -326,6 +340,7 @@ class Suite {
              {"shape", {p.batch, p.num_heads, p.q_tokens, p.head_dim}},
              {"keep", p.config.keep},
              {"precision", one.precision},
+             {"layout", name_of(one.layout)},
              {"threads", group.threads},
              {"ms_median", s.median * 1e3},
              {"ms_q1", s.quartile1 * 1e3},
@@ -356,7 +371,8 @@ class Suite {
       if (!stages.empty()) row["stages_ms"] = stages;
     }
     o_.print(format("%-20s %-8s %2d %6d %4d %5g %5s %10.2f %10.2f %10.2f %8.3f %6s  ",
-                    one.name.c_str(), name_of(group.pass), static_cast<int>(group.threads),
+                    one.layout == Layout::kBNHD ? "sla2 bnhd" : one.name.c_str(),
+                    name_of(group.pass), static_cast<int>(group.threads),
                     static_cast<int>(p.q_tokens), static_cast<int>(p.head_dim), p.config.keep,
                     one.precision.c_str(), s.median * 1e3, s.quartile1 * 1e3, s.quartile3 * 1e3,
                     tflops, share.c_str()) +

@@ -9,6 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "bench.h"
 #include "sla2/sla2.h"
 
 namespace sla2::bench {
@@ -23,7 +24,8 @@ struct SuiteOptions {
   std::vector<std::int64_t> threads;  // empty: all, then 1
   Config config;                      // everything else of the operator
   DType dtype = DType::kF32;
-  std::string implementation;  // empty: the one that is selected
+  std::vector<Layout> layouts = {Layout::kBHND};  // a row of ours for each
+  std::string implementation;                     // empty: the one that is selected
 
   std::int64_t repeats = 9;     // timed runs of a row at most
   double seconds_a_row = 0.4;   // no more runs than fit into this, but at least one

@@ -143,6 +143,17 @@ TEST(Suite, WritesEveryRowOfItsGrid) {
   EXPECT_GT(lines.size(), report.at("rows").size());
 }
 
+TEST(Suite, HasARowForEachLayout) {
+  SuiteOptions o = tiny();
+  o.heads = 3;
+  o.tokens = {64};
+  o.layouts = {Layout::kBHND, Layout::kBNHD};
+  std::map<std::string, int> rows;
+  const nlohmann::json report = run_suite(o);
+  for (const auto& row : report.at("rows")) ++rows[row.at("layout").get<std::string>()];
+  EXPECT_EQ(rows, (std::map<std::string, int>{{"bhnd", 5 * 2 * 2}, {"bnhd", 5 * 2 * 2}}));
+}
+
 TEST(Suite, SaysWhatItLeavesOut) {
   SuiteOptions o = tiny();
   o.minutes = 1e-9;
@@ -199,8 +210,8 @@ TEST(Suite, ReportsOfAnotherFormAreRefused) {
   }());
   check_report(report);
   for (const char* field :
-       {"name", "impl", "pass", "shape", "keep", "precision", "threads", "ms_median", "ms_q1",
-        "ms_q3", "effective_tflops", "roofline_share", "speedup_over", "verified"}) {
+       {"name", "impl", "pass", "shape", "keep", "precision", "layout", "threads", "ms_median",
+        "ms_q1", "ms_q3", "effective_tflops", "roofline_share", "speedup_over", "verified"}) {
     nlohmann::json other = report;
     other["rows"][0].erase(field);
     EXPECT_THROW(check_report(other), Error) << field;
@@ -217,12 +228,14 @@ TEST(Verify, AcceptsWhatIsRightOnEveryImplementation) {
     Problem p;
     p.q_tokens = p.k_tokens = 100;
     p.head_dim = p.value_dim = 32;
+    p.num_heads = p.num_kv_heads = 2;
     p.implementation = one->name;
     if (one->device != Device::kCpu || !one->refusal(p, Pass::kForward).empty()) continue;
     SerialExecutor serial;
     for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
       p.dtype = dtype;
       EXPECT_NO_THROW(verify(p, serial)) << one->name;
+      EXPECT_NO_THROW(verify(p, serial, Layout::kBNHD)) << one->name;
     }
   }
 }
