@@ -2,7 +2,6 @@
 // behind a machine whose memory is the host's. Each stage is broken in turn, and must be noticed.
 #include "sla2/self_test.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <functional>
@@ -13,6 +12,7 @@
 #include <gtest/gtest.h>
 
 #include "sla2/error.h"
+#include "temporary_folder.h"
 
 namespace sla2::test {
 namespace {
@@ -68,18 +68,11 @@ std::string complaint() {
 
 class SelfTestOnHost : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = (std::filesystem::temp_directory_path() / "sla2-XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-    setenv("XDG_CACHE_HOME", path_.c_str(), 1);
-  }
   void TearDown() override {
     break_forward = {};
     break_backward = {};
-    unsetenv("XDG_CACHE_HOME");
-    std::filesystem::remove_all(path_);
   }
-  std::filesystem::path path_;
+  TemporaryCache cache_;
 };
 
 TEST_F(SelfTestOnHost, PassesWhereTheKernelsAreRight) {
@@ -94,13 +87,13 @@ TEST_F(SelfTestOnHost, PassesWhereTheKernelsAreRight) {
 TEST_F(SelfTestOnHost, AnotherBuildIsTestedAgain) {
   static_cast<void>(self_test(on_host_machine(), true));
   int files = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(path_ / "sla2")) {
+  for (const auto& entry : std::filesystem::directory_iterator(cache_.path() / "sla2")) {
     const std::string name = entry.path().filename().string();
     const std::string build = name.substr(name.rfind('-') + 1);
     EXPECT_GE(build.size(), 12U) << name;
     EXPECT_EQ(build.find_first_not_of("0123456789abcdef"), std::string::npos) << name;
     const std::string other = name.substr(0, name.rfind('-') + 1) + std::string(16, '0');
-    std::filesystem::rename(entry.path(), path_ / "sla2" / other);
+    std::filesystem::rename(entry.path(), cache_.path() / "sla2" / other);
     ++files;
     break;
   }

@@ -120,15 +120,16 @@ inline double close_bound(const std::vector<float>& naive, const std::vector<dou
                           DType dtype, double floor) {
   return 2 * relative_error(naive, exact) + floor + stored_error(exact, dtype);
 }
-/// The same rule for the worst `rows` rows: a norm over a whole tensor forgives one wrong row or
+/// The same rule for the worst `part` values: a norm over a whole tensor forgives one wrong row or
 /// block. There the floors are those of extremes: storing costs half a unit of the last place, and
 /// the largest of R Gaussian errors is sqrt(2 ln R) deviations, 4.1 for 4096 rows, where the rule
 /// for the whole speaks of one. What lies below the type's normal numbers costs more to store.
+/// `stored`: the exact result in the type.
 inline double close_bound_of_rows(const std::vector<float>& naive, const std::vector<double>& exact,
-                                  DType dtype, std::size_t part, double floor) {
-  const double stored = worst_part_error(stored_as(exact, dtype), exact, part);
+                                  const std::vector<double>& stored, DType dtype, std::size_t part,
+                                  double floor) {
   return 2 * worst_part_error(naive, exact, part) + 4.1 * floor +
-         2 * std::max(storage_error(dtype), stored);
+         2 * std::max(storage_error(dtype), worst_part_error(stored, exact, part));
 }
 
 template <typename Ours>
@@ -145,36 +146,40 @@ void expect_close(const char* what, const std::vector<Ours>& ours, const std::ve
   EXPECT_TRUE(error <= bound) << what << ": relative error " << error << ", bound " << bound;
 }
 
-/// expect_close for a tensor of rows of `width` values, and for its worst row and 32 rows.
+/// Whether a tensor of rows of `width` values is close as a whole, in its worst row and in the
+/// worst of every 32 rows; `exact` is not all zeros.
+template <typename Ours>
+testing::AssertionResult rows_are_close(const std::vector<Ours>& ours,
+                                        const std::vector<float>& naive,
+                                        const std::vector<double>& exact, DType dtype,
+                                        std::int64_t width, double floor) {
+  testing::AssertionResult result = testing::AssertionSuccess();
+  const auto judge = [&](const std::string& of, double error, double bound) {
+    if (error <= bound) return;
+    if (result) result = testing::AssertionFailure();
+    result << of << "relative error " << error << ", bound " << bound << "; ";
+  };
+  judge("", relative_error(ours, exact), close_bound(naive, exact, dtype, floor));
+  const std::vector<double> stored = stored_as(exact, dtype);
+  for (const std::int64_t rows : {1, 32}) {
+    const auto part = static_cast<std::size_t>(rows * width);
+    judge("the worst of every " + std::to_string(rows) + " rows: ",
+          worst_part_error(ours, exact, part),
+          close_bound_of_rows(naive, exact, stored, dtype, part, floor));
+  }
+  return result;
+}
+
+/// expect_close for a tensor of such rows.
 template <typename Ours>
 void expect_rows_close(const char* what, const std::vector<Ours>& ours,
                        const std::vector<float>& naive, const std::vector<double>& exact,
                        DType dtype, std::int64_t width, double floor = kSumError) {
-  expect_close(what, ours, naive, exact, dtype, floor);
-  if (largest(exact) == 0) return;
-  for (const std::int64_t rows : {1, 32}) {
-    const auto part = static_cast<std::size_t>(rows * width);
-    const double bound = close_bound_of_rows(naive, exact, dtype, part, floor);
-    const double error = worst_part_error(ours, exact, part);
-    EXPECT_TRUE(error <= bound) << what << ": the worst of every " << rows
-                                << " rows: relative error " << error << ", bound " << bound;
+  if (ours.size() != exact.size() || largest(exact) == 0) {
+    return expect_close(what, ours, naive, exact, dtype, floor);
   }
-}
-
-/// Whether expect_rows_close would be content; `exact` is not all zeros.
-template <typename Ours>
-bool rows_are_close(const std::vector<Ours>& ours, const std::vector<float>& naive,
-                    const std::vector<double>& exact, DType dtype, std::int64_t width,
-                    double floor) {
-  if (!(relative_error(ours, exact) <= close_bound(naive, exact, dtype, floor))) return false;
-  for (const std::int64_t rows : {1, 32}) {
-    const auto part = static_cast<std::size_t>(rows * width);
-    if (!(worst_part_error(ours, exact, part) <=
-          close_bound_of_rows(naive, exact, dtype, part, floor))) {
-      return false;
-    }
-  }
-  return true;
+  const testing::AssertionResult result = rows_are_close(ours, naive, exact, dtype, width, floor);
+  if (!result) ADD_FAILURE() << what << ": " << result.message();
 }
 
 /// o_s of precision int8 against the reference's emulation. Both quantise q, ks and v to the same

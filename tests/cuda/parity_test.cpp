@@ -28,7 +28,9 @@ TEST_P(CudaParity, Forward) {
   Call call(problem, 7, c.layout, c.key_lengths);
   launches_since();
   DeviceCall(call).forward();
-  if (backend().is_emulated) EXPECT_LE(launches_since(), 8);  // a GPU: by graphs, cuda_test.cpp
+  if (backend().is_emulated) {  // a GPU: by graphs, cuda_test.cpp
+    EXPECT_LE(launches_since(), 8);
+  }
   judge_forward(call);
   EXPECT_TRUE(call.guards_intact());
 }
@@ -47,8 +49,10 @@ TEST_P(CudaParity, Backward) {
   launches_since();
   bank_conflicts_since();
   DeviceCall(call).backward();
-  if (backend().is_emulated) EXPECT_LE(launches_since(), 12);
-  if (backend().is_emulated) EXPECT_EQ(bank_conflicts_since(), 0);
+  if (backend().is_emulated) {
+    EXPECT_LE(launches_since(), 12);
+    EXPECT_EQ(bank_conflicts_since(), 0);
+  }
   judge_backward(call);
 }
 

@@ -1,8 +1,6 @@
 // The self-test of an accelerator, on emulated threads.
 #include "sla2/self_test.h"
 
-#include <cstdlib>
-#include <filesystem>
 #include <string>
 #include <utility>
 
@@ -10,31 +8,13 @@
 
 #include "cuda/cuda.h"
 #include "sla2/error.h"
+#include "temporary_folder.h"
 
 namespace sla2::test {
 namespace {
 
-/// The cache folder of a test, gone afterwards.
-class CacheFolder {
- public:
-  CacheFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "sla2-XXXXXX").string();
-    path_ = mkdtemp(pattern.data());
-    setenv("XDG_CACHE_HOME", path_.c_str(), 1);
-  }
-  ~CacheFolder() {
-    unsetenv("XDG_CACHE_HOME");
-    std::filesystem::remove_all(path_);
-  }
-  CacheFolder(const CacheFolder&) = delete;
-  CacheFolder& operator=(const CacheFolder&) = delete;
-
- private:
-  std::filesystem::path path_;
-};
-
 TEST(SelfTest, PassesAndIsRemembered) {
-  const CacheFolder folder;
+  const TemporaryCache cache;
   const SelfTest first = self_test(emulated::kImplementation, true);
   EXPECT_EQ(first.implementation, "emulated");
   EXPECT_EQ(first.checks, 20);  // ten problems, forward and backward
@@ -46,7 +26,7 @@ TEST(SelfTest, PassesAndIsRemembered) {
 }
 
 TEST(SelfTest, AWrongKernelIsNamedAndNotRemembered) {
-  const CacheFolder folder;
+  const TemporaryCache cache;
   Implementation broken = emulated::kImplementation;
   broken.backward = [](const Problem& problem, const Inputs& inputs, const Saved& saved,
                        ConstView d_out, const Gradients& gradients, const Context& context) {

@@ -1,44 +1,17 @@
 // What the tests of io share: a folder of their own, and the message of an expected error.
 #pragma once
 
-#include <filesystem>
 #include <functional>
-#include <stdlib.h>
 #include <string>
 
 #include <gtest/gtest.h>
 
 #include "sla2/error.h"
+#include "tests/temporary_folder.h"
 
 namespace sla2::io::test {
 
-/// A fresh folder, removed with everything in it.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "sla2-io-XXXXXX").string();
-    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
-    path_ = name;
-    std::filesystem::permissions(path_, std::filesystem::perms(0755));
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
-  [[nodiscard]] std::filesystem::path operator/(const std::string& name) const {
-    return path_ / name;
-  }
-  [[nodiscard]] std::ptrdiff_t count() const {
-    return std::distance(std::filesystem::directory_iterator(path_), {});
-  }
-
- private:
-  std::filesystem::path path_;
-};
+using sla2::test::TemporaryFolder;
 
 /// The message of the sla2::Error that `call` throws; a failure and "" if it throws none.
 inline std::string error_of(const std::function<void()>& call) {

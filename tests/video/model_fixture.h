@@ -1,16 +1,16 @@
 // A transformer small enough for tests, and its inputs.
 #pragma once
 
-#include <cstdlib>
-#include <filesystem>
-#include <string>
-#include <unistd.h>
+#include <cstdint>
 
 #include <torch/torch.h>
 
+#include "tests/temporary_folder.h"
 #include "video/weights.h"
 
 namespace sla2::video::test {
+
+using sla2::test::TemporaryFolder;
 
 inline WanConfig small_config() {
   WanConfig config;
@@ -42,25 +42,5 @@ inline double relative_error(const torch::Tensor& a, const torch::Tensor& b) {
   const torch::Tensor difference = a.to(torch::kFloat64) - b.to(torch::kFloat64);
   return (difference.norm() / b.to(torch::kFloat64).norm()).item<double>();
 }
-
-/// A folder that is removed with its contents.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "sla2_test_XXXXXX").string();
-    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("mkdtemp failed");
-    path_ = name;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  [[nodiscard]] const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
 
 }  // namespace sla2::video::test
