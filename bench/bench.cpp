@@ -169,6 +169,8 @@ std::size_t Operator::workspace_bytes(Pass pass) const {
   return sla2::workspace_bytes(problem_, pass, executor_.num_threads());
 }
 
+ConstView Operator::out() const { return as_const(data_->out.view()); }
+
 void Operator::forward(bool for_backward) { run(Pass::kForward, for_backward, nullptr); }
 void Operator::backward() { run(Pass::kBackward, true, nullptr); }
 

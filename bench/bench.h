@@ -50,6 +50,8 @@ class Operator {
   [[nodiscard]] std::string implementation(Pass pass) const;
   [[nodiscard]] std::size_t workspace_bytes(Pass pass) const;
   [[nodiscard]] const std::vector<std::int32_t>& blocks() const { return blocks_; }
+  /// What the last forward wrote.
+  [[nodiscard]] ConstView out() const;
 
  private:
   void run(Pass pass, bool for_backward, const std::function<void(const char*)>* after_stage);

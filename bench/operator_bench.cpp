@@ -20,7 +20,7 @@ using namespace sla2;
 constexpr const char* kUsage =
     "operator_bench [--shape 1,1,8192,128] [--keep 0.03] [--precision int8,bf16,fp32]\n"
     "               [--pass forward,backward] [--threads N,...] [--dtype fp32|bf16|fp16]\n"
-    "               [--layout bhnd,bnhd]\n"
+    "               [--layout bhnd (or bnhd, or both)]\n"
     "               [--routing hard|soft] [--block_q 128] [--block_k 64] [--implementation NAME]\n"
     "               [--repeats 9] [--seconds 0.4] [--minutes 13] [--rivals 0] [--json FILE]\n";
 

@@ -50,7 +50,7 @@ def rows_of(report, arguments, direction):
         if row["pass"] == direction
         and row["shape"][3] == arguments.d
         and row["threads"] == arguments.threads
-        and row.get("layout", "bhnd") == "bhnd"
+        and row.get("layout", "bhnd") == arguments.layout
     ]
 
 
@@ -173,7 +173,12 @@ def table(report):
         rivals += [name for name in row["speedup_over"] if name not in rivals]
     rivals = [r for r in rivals if any(r in row["speedup_over"] for row in report["rows"])]
     head = ["pass", "threads", "N", "d", "keep", "precision", "layout", "ms", "quartiles"]
-    head += ["TFLOP/s", "roofline", "workspace MiB", *[f"over {name.replace('_', ' ')}" for name in rivals]]
+    head += [
+        "TFLOP/s",
+        "roofline",
+        "workspace MiB",
+        *[f"over {name.replace('_', ' ')}" for name in rivals],
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in report["rows"]:
         if row["name"] != "sla2":
@@ -187,7 +192,7 @@ def table(report):
             str(row["shape"][3]),
             f"{row['keep']:g}",
             row["precision"],
-            row.get("layout", ""),
+            row.get("layout", "bhnd"),
             f"{row['ms_median']:.2f}",
             f"{row['ms_q1']:.2f} to {row['ms_q3']:.2f}",
             f"{row['effective_tflops']:.2f}",
@@ -215,6 +220,8 @@ def main():
         arguments.threads = max(row["threads"] for row in report["rows"])
     if arguments.d not in {row["shape"][3] for row in report["rows"]}:
         arguments.d = report["rows"][0]["shape"][3]
+    layouts = [row.get("layout", "bhnd") for row in report["rows"]]
+    arguments.layout = "bhnd" if "bhnd" in layouts else layouts[0]
     folder = pathlib.Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench_table.md").write_text(table(report), encoding="utf-8")

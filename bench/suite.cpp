@@ -285,8 +285,8 @@ class Suite {
         [&] { group.pass == Pass::kBackward ? one.own->backward() : one.own->forward(false); });
   }
 
-  /// One warm-up, then what a row's time allows, all rows in turns. A quick row that waited long for
-  /// others runs once untimed before: some systems take back memory that lies idle.
+  /// One warm-up, then what a row's time allows, all rows in turns. A quick row that waited long
+  /// for others runs once untimed before: some systems take back memory that lies idle.
   void measure(const Group& group, std::vector<Case>& cases) {
     constexpr auto kLongWait = std::chrono::seconds(2);
     const auto run_alone = [&](Case& one) {

@@ -35,8 +35,9 @@
 namespace sla2::cpu {
 namespace {
 
-// Register tiles. AVX-512: 16 of 32 registers accumulate; the others have 16 registers in all, of
-// which a sum without FMA needs one more.
+// Register tiles. AVX-512: 16 of 32 registers accumulate; the others have 16 registers in all.
+// Where every product needs a register of its own (SSE overwrites an operand), 6 rows are one too
+// many.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 4, kTileVectors = 4;
 #elif defined(__AVX2__)

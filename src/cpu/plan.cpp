@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -8,6 +9,12 @@
 
 namespace sla2::cpu {
 namespace {
+
+/// A single row's stride may be anything: rows that are only asked for must have addresses too.
+std::int64_t row_stride(const std::array<std::int64_t, 4>& shape,
+                        const std::array<std::int64_t, 4>& strides) {
+  return shape[2] == 1 ? shape[3] : strides[2];
+}
 
 constexpr std::int64_t kMaxHeadDim = 256;
 
@@ -161,13 +168,13 @@ Call make_call(const Problem& problem, const Inputs& inputs, const Context& cont
 Rows rows_of(const ConstView& view, std::int64_t b, std::int64_t h) {
   if (view.empty()) return {nullptr, 0};
   const std::int64_t at = (b * view.strides[0] + h * view.strides[1]) * bytes_of(view.dtype);
-  return {static_cast<const std::byte*>(view.data) + at, view.strides[2]};
+  return {static_cast<const std::byte*>(view.data) + at, row_stride(view.shape, view.strides)};
 }
 
 MutableRows rows_of(const View& view, std::int64_t b, std::int64_t h) {
   if (view.empty()) return {nullptr, 0};
   const std::int64_t at = (b * view.strides[0] + h * view.strides[1]) * bytes_of(view.dtype);
-  return {static_cast<std::byte*>(view.data) + at, view.strides[2]};
+  return {static_cast<std::byte*>(view.data) + at, row_stride(view.shape, view.strides)};
 }
 
 void select_keys(Call& call, std::int64_t b, std::int64_t kv) {

@@ -1,11 +1,13 @@
 // The benchmark's arithmetic, its report, and what it does when something is wrong.
 #include "bench.h"
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <string>
 #include <unistd.h>
 #include <vector>
@@ -141,6 +143,24 @@ TEST(Suite, WritesEveryRowOfItsGrid) {
     EXPECT_GT(stages, 0);
   }
   EXPECT_GT(lines.size(), report.at("rows").size());
+}
+
+/// Tokens outside, and other numbers for it.
+TEST(Operator, TakesBothLayouts) {
+  Problem p;
+  p.num_heads = p.num_kv_heads = 3;
+  p.q_tokens = p.k_tokens = 64;
+  p.head_dim = p.value_dim = 16;
+  SerialExecutor serial;
+  Operator by_heads(p, serial, make_data(p));
+  Operator by_tokens(p, serial, make_data(p, Layout::kBNHD));
+  using Strides = std::array<std::int64_t, 4>;
+  EXPECT_EQ(by_heads.out().strides, (Strides{3 * 64 * 16, 64 * 16, 16, 1}));
+  EXPECT_EQ(by_tokens.out().strides, (Strides{3 * 64 * 16, 16, 3 * 16, 1}));
+  by_heads.forward(false);
+  by_tokens.forward(false);
+  const auto first_of = [](const ConstView& x) { return *static_cast<const float*>(x.data); };
+  EXPECT_NE(first_of(by_heads.out()), first_of(by_tokens.out()));
 }
 
 TEST(Suite, HasARowForEachLayout) {

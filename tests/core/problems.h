@@ -39,7 +39,8 @@ inline void store(void* data, DType dtype, std::int64_t at, double value) {
 enum class Layout {
   kDense,       // [B, H, N, D]
   kTransposed,  // memory is [B, N, H, D]
-  kPadded,      // rows 3 elements apart, the first one at an odd element: not 16-byte aligned
+  kPadded,      // rows 3 elements apart, the first one at an odd element: not 16-byte aligned; an
+                // axis of one element has a stride that leads nowhere
 };
 
 /// A tensor inside a larger buffer. Everything outside the tensor's elements is a sentinel.
@@ -51,6 +52,9 @@ class Tensor {
     const std::int64_t row = layout == Layout::kPadded ? d + 3 : d;
     strides_ = layout == Layout::kTransposed ? Shape{n * h * row, row, h * row, 1}
                                              : Shape{h * n * row, n * row, row, 1};
+    for (std::size_t axis = 0; axis < 3 && layout == Layout::kPadded; ++axis) {
+      if (shape[axis] == 1) strides_[axis] = std::int64_t{1} << 60;
+    }
     offset_ = layout == Layout::kPadded ? kGuard + 1 : kGuard;
     bytes_.assign(static_cast<std::size_t>((b * h * n * row + 2 * kGuard + 1) * bytes_of(dtype)),
                   kSentinel);
