@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <iterator>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -195,6 +197,34 @@ void expect_integers_close(Call& call, const reference::RoutingResult<double>& r
 /// The lse of such rows: S is known to within as many units.
 void expect_integer_lse_close(Call& call, const reference::RoutingResult<double>& routing,
                               const std::vector<float>& emulated, Chunks chunks);
+
+/// A NaN in q or k shows in its rows of out, out_sparse and lse, also where every block is routed
+/// and no complement can show it.
+inline void expect_nan_shows(Problem problem, const std::function<void(Call&)>& forward) {
+  for (const double keep : {0.5, 1.0}) {
+    for (const bool in_keys : {false, true}) {
+      problem.config.keep = keep;
+      Call call(problem, 23);
+      Tensor& x = in_keys ? call.k : call.q;
+      std::vector<double> spoilt = x.values();
+      spoilt[5] = std::numeric_limits<double>::quiet_NaN();
+      x.set(spoilt);
+      forward(call);
+      // One row of q, or by their mean all keys of the head.
+      const std::int64_t rows = in_keys ? problem.q_tokens : 1;
+      const auto expect_nan = [&](const std::vector<double>& values, std::int64_t count) {
+        for (std::int64_t i = 0; i < count; ++i) {
+          ASSERT_TRUE(std::isnan(values[i]))
+              << "precision " << static_cast<int>(problem.config.precision) << ", keep " << keep
+              << ", in " << (in_keys ? "k" : "q") << ": " << values[i] << " at " << i;
+        }
+      };
+      expect_nan(call.out.values(), rows * problem.value_dim);
+      expect_nan(call.out_sparse.values(), rows * problem.value_dim);
+      expect_nan(call.lse.values(), rows);
+    }
+  }
+}
 
 /// One call: what is not set is small_problem's.
 struct ParityCase {

@@ -293,37 +293,15 @@ TEST_P(Cpu, NaNAndInfLeaveIndicesValid) {
   }
 }
 
-/// Not even where there is no complement, whose NaN would show.
 TEST_P(Cpu, NaNIsNeverDropped) {
   SLA2_SKIP_IF_REFUSED(problem(RoutingMode::kHard), Pass::kForward);
   for (const Precision precision : {Precision::kInt8, Precision::kBf16, Precision::kFp32}) {
-    for (const double keep : {0.5, 1.0}) {
-      for (const bool in_keys : {false, true}) {
-        Problem p = problem(RoutingMode::kHard);
-        p.config.precision = precision;
-        p.config.keep = keep;
-        Call call(p, 23);
-        Tensor& x = in_keys ? call.k : call.q;
-        std::vector<double> values = x.values();
-        values[5] = std::numeric_limits<double>::quiet_NaN();
-        x.set(values);
-        SerialExecutor serial;
-        call.run_forward(serial);
-        // One row of q, or by their mean all keys of the head.
-        const std::int64_t rows = in_keys ? p.q_tokens : 1;
-        const auto is_finite = [](double value) { return std::isfinite(value); };
-        for (const std::vector<double>& values_of_ours :
-             {call.out.values(), call.out_sparse.values()}) {
-          EXPECT_TRUE(std::none_of(values_of_ours.begin(),
-                                   values_of_ours.begin() + rows * p.value_dim, is_finite))
-              << static_cast<int>(precision) << ' ' << keep << ' ' << in_keys;
-        }
-        const std::vector<double> lse = call.lse.values();
-        EXPECT_TRUE(std::all_of(lse.begin(), lse.begin() + rows,
-                                [](double value) { return std::isnan(value); }))
-            << static_cast<int>(precision) << ' ' << keep << ' ' << in_keys;
-      }
-    }
+    Problem p = problem(RoutingMode::kHard);
+    p.config.precision = precision;
+    expect_nan_shows(p, [](Call& call) {
+      SerialExecutor serial;
+      call.run_forward(serial);
+    });
   }
 }
 
