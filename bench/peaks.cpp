@@ -147,29 +147,40 @@ double rate(Executor& executor, const Form& form) {
   return static_cast<double>(threads * rounds) * form.multiply_adds / best;
 }
 
-/// Memory is read, not written: no write-allocate to reckon with.
-double read_rate(Executor& executor) {
+constexpr std::size_t kWords = std::size_t{1} << 25;  // 256 MB a thread
+
+/// Bytes a second, when every thread reads words of its own: read(words) returns how many, and adds
+/// them to `sums` of 16. Memory is read, not written: no write-allocate to reckon with.
+template <typename Read>
+double read_rate(Executor& executor, const Read& read) {
   const std::int64_t threads = executor.num_threads();
-  constexpr std::size_t kWords = std::size_t{1} << 25;  // 256 MB a thread
   std::vector<std::vector<std::uint64_t>> blocks(static_cast<std::size_t>(threads));
   executor.parallel_for(threads, [&](std::int64_t i, std::int64_t) {
     blocks[static_cast<std::size_t>(i)].assign(kWords, 1);
   });
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(threads));
+  std::size_t words = 0;
   const auto all = [&] {
     executor.parallel_for(threads, [&](std::int64_t i, std::int64_t) {
-      const std::uint64_t* words = blocks[static_cast<std::size_t>(i)].data();
       std::array<std::uint64_t, 16> sum{};
-      for (std::size_t w = 0; w < kWords; w += 16) {
-        for (std::size_t lane = 0; lane < 16; ++lane) sum[lane] += words[w + lane];
-      }
+      const std::size_t n = read(blocks[static_cast<std::size_t>(i)].data(), sum);
       for (const std::uint64_t x : sum) sums[static_cast<std::size_t>(i)] += x;
+      if (i == 0) words = n;
     });
   };
   double best = 1e30;
   for (int i = 0; i < 5; ++i) best = std::min(best, seconds_of(all));
-  const auto bytes = static_cast<double>(threads) * static_cast<double>(kWords * 8);
+  const auto bytes = static_cast<double>(threads) * static_cast<double>(words * 8);
   return sums[0] == 0 ? 0 : bytes / best;
+}
+
+using Sums = std::array<std::uint64_t, 16>;
+
+std::size_t read_all(const std::uint64_t* words, Sums& sum) {
+  for (std::size_t w = 0; w < kWords; w += 16) {
+    for (std::size_t lane = 0; lane < 16; ++lane) sum[lane] += words[w + lane];
+  }
+  return kWords;
 }
 
 bool runs_here(const char* set) {
@@ -193,8 +204,31 @@ Peaks measure_peaks(Executor& executor) {
     peaks.sets.push_back(
         {set.name, rate(executor, set.int8), rate(executor, set.bf16), rate(executor, set.fp32)});
   }
-  peaks.bytes = read_rate(executor);
+  peaks.bytes = read_rate(executor, read_all);
   return peaks;
+}
+
+double measure_row_rate(Executor& executor, std::int64_t row, std::int64_t stride) {
+  const auto width = static_cast<std::size_t>(row / 8), step = static_cast<std::size_t>(stride / 8);
+  const std::size_t rows = kWords / step;
+  // Asked for ahead or left to the processor, whichever is faster.
+  const auto rate_with = [&](std::size_t ahead) {
+    return read_rate(executor, [&](const std::uint64_t* words, Sums& sum) {
+      for (std::size_t head = 0; head + width <= step; head += width) {
+        for (std::size_t r = 0; r < rows; ++r) {
+          const std::uint64_t* at = words + r * step + head;
+          for (std::size_t w = 0; ahead > 0 && w < width && r + ahead < rows; w += 8) {
+            __builtin_prefetch(at + ahead * step + w);
+          }
+          for (std::size_t w = 0; w < width; w += 4) {
+            for (std::size_t lane = 0; lane < 4; ++lane) sum[lane] += at[w + lane];
+          }
+        }
+      }
+      return step / width * width * rows;
+    });
+  };
+  return std::max(rate_with(0), rate_with(8));
 }
 
 InstructionPeaks peaks_of(const Peaks& peaks, const std::string& implementation) {

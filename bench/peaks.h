@@ -2,6 +2,7 @@
 // in each format and instruction set, and bytes a second from memory.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -18,11 +19,16 @@ struct InstructionPeaks {
 struct Peaks {
   std::int64_t threads = 1;
   std::vector<InstructionPeaks> sets;  // those of this machine
-  double bytes = 0;                    // a second, read from memory
+  double bytes = 0;                    // a second, read from memory in order
+  double row_bytes = 0;                // by measure_row_rate, where it was asked for
 };
 
 /// About a second. Each figure is the best of several runs: a peak, not a mean.
 [[nodiscard]] Peaks measure_peaks(Executor& executor);
+
+/// Bytes a second that all threads read from memory of rows of `row` bytes, `stride` bytes apart, as
+/// those of a head of [B, N, H, D] lie, one head after the other. `row` is a multiple of 32.
+[[nodiscard]] double measure_row_rate(Executor& executor, std::int64_t row, std::int64_t stride);
 
 /// The best of what an implementation may use: its own instruction set (cpu_{name}) and those that
 /// it includes.

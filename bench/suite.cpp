@@ -124,6 +124,12 @@ class Suite {
   Peaks peaks(const Group& group) {
     wait_for_rivals();
     Peaks measured = measure_peaks(executor(group.threads));
+    const std::int64_t row = group.head_dim * bytes_of(o_.dtype);
+    const bool in_rows =
+        std::find(o_.layouts.begin(), o_.layouts.end(), Layout::kBNHD) != o_.layouts.end();
+    if (in_rows) {
+      measured.row_bytes = measure_row_rate(executor(group.threads), row, o_.heads * row);
+    }
     Json sets = Json::object();
     std::string line =
         format("peaks on %d thread(s), G multiply-adds/s:", static_cast<int>(group.threads));
@@ -134,14 +140,18 @@ class Suite {
                      set.bf16 * 1e-9, set.fp32 * 1e-9);
     }
     if (peaks_printed_.insert(group.threads).second) {
-      o_.print(line + format(" memory %.1f GB/s", measured.bytes * 1e-9));
+      line += format(" memory %.1f GB/s", measured.bytes * 1e-9);
+      if (in_rows) line += format(", by rows of [B,N,H,D] %.1f", measured.row_bytes * 1e-9);
+      o_.print(line);
     }
     report_["peaks"].push_back({{"threads", group.threads},
                                 {"tokens", group.tokens},
                                 {"head_dim", group.head_dim},
                                 {"pass", name_of(group.pass)},
                                 {"gmac_per_s", sets},
-                                {"memory_gb_per_s", measured.bytes * 1e-9}});
+                                {"memory_gb_per_s", measured.bytes * 1e-9},
+                                {"memory_gb_per_s_bnhd",
+                                 in_rows ? Json(measured.row_bytes * 1e-9) : Json(nullptr)}});
     return measured;
   }
 
@@ -362,8 +372,9 @@ class Suite {
              {"verified", one.own != nullptr}};
     std::string share, faster;
     if (one.own) {
+      const double bytes = one.layout == Layout::kBNHD ? machine.row_bytes : machine.bytes;
       const double least = roofline_seconds(least_work(p, group.pass),
-                                            peaks_of(machine, one.implementation), machine.bytes);
+                                            peaks_of(machine, one.implementation), bytes);
       row["roofline_share"] = least / s.median;
       share = format("%.0f%%", 100 * least / s.median);
       row["workspace_mib"] = static_cast<double>(one.own->workspace_bytes(group.pass)) / (1 << 20);
