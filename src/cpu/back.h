@@ -8,13 +8,6 @@
 
 namespace sla2::cpu {
 
-/// Rows of fp32 that the stages add to: the caller's tensor (fp32) or the workspace. Null: not
-/// wanted.
-struct FloatSums {
-  float* data;
-  std::int64_t stride;
-};
-
 struct Back {
   bool is16;
   bool needs_pairs;                               // a gradient of q, k, v or the router is wanted
@@ -26,8 +19,9 @@ struct Back {
   void* v_rows;        // [T, bk, dv]
   void* h;             // [d*dv/64, T, 64] h_j in panels of 64 columns
   float* z;            // [T, d]
-  FloatSums d_k;       // [Nk, d] sums of both branches, over the heads of a group
-  FloatSums d_v;       // [Nk, dv]
+  float* d_k;          // [T, bk, d] sums of both branches, over the heads of a group; null: not
+                       // wanted. Not in the caller's rows, which may lie a page apart each
+  float* d_v;          // [T, bk, dv]
   float* d_keys_sums;  // [T, d] of the linear branch's part of d_k
   float* d_keys_mean;  // [d]
 

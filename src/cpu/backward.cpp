@@ -52,14 +52,7 @@ void select_saved(Call& call, const Saved& saved, const ConstView& d_out,
   back.d_q_out = rows_of(gradients.d_q, b, h);
 }
 
-/// Where dK or dV of the current key/value head are summed.
-FloatSums sums_of(const MutableRows& out, DType dtype, float* copy, std::int64_t width) {
-  if (out.data == nullptr) return {nullptr, 0};
-  return dtype == DType::kF32 ? FloatSums{static_cast<float*>(out.data), out.stride}
-                              : FloatSums{copy, width};
-}
-
-bool wants_keys(const Back& back) { return back.d_k.data != nullptr || back.d_v.data != nullptr; }
+bool wants_keys(const Back& back) { return back.d_k != nullptr || back.d_v != nullptr; }
 
 void done(const Context& context, const char* stage) {
   if (context.after_stage != nullptr) (*context.after_stage)(stage);
@@ -175,8 +168,8 @@ void backward(const Problem& problem, const Inputs& inputs, const Saved& saved, 
       select_keys(call, b, kv);
       back.d_k_out = rows_of(gradients.d_k, b, kv);
       back.d_v_out = rows_of(gradients.d_v, b, kv);
-      back.d_k = sums_of(back.d_k_out, problem.dtype, call.own.d_k, job.d);
-      back.d_v = sums_of(back.d_v_out, problem.dtype, call.own.d_v, job.dv);
+      back.d_k = back.d_k_out.data == nullptr ? nullptr : call.own.d_k;
+      back.d_v = back.d_v_out.data == nullptr ? nullptr : call.own.d_v;
       std::copy_n(saved.k_mean + (b * problem.num_kv_heads + kv) * job.d, job.d, job.k_mean);
       if (learns_router) {
         run(call, kernels.sum_keys, job.k_blocks);
@@ -231,10 +224,8 @@ void lay_out_backward(const Problem& p, Arena& arena, const Job& job, Back& back
   back.z = arena.take<float>(T * d);
   back.d_keys_sums = arena.take<float>(T * d);
   back.d_keys_mean = arena.take<float>(d);
-  if (p.dtype != DType::kF32) {
-    own.d_k = arena.take<float>(keys * d);
-    own.d_v = arena.take<float>(keys * dv);
-  }
+  own.d_k = arena.take<float>(keys * d);
+  own.d_v = arena.take<float>(keys * dv);
   if (!job.subtracts) {
     back.rest_rows = elements(M * back.padded_k_blocks);
     back.rest_columns = elements(T * back.padded_q_blocks);

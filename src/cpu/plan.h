@@ -47,8 +47,8 @@ struct DriverBuffers {
   float* d_scores = nullptr;                  // [M, T rounded up to 16]
   float* router_rows = nullptr;               // [max(M, T), d]
   float* proj_out_t = nullptr;                // [dv, dv]
-  float* d_k = nullptr;                       // [Nk, d], 16-bit types
-  float* d_v = nullptr;                       // [Nk, dv], likewise
+  float* d_k = nullptr;                       // [T, bk, d]
+  float* d_v = nullptr;                       // [T, bk, dv]
 };
 
 /// A call on one instruction set.
