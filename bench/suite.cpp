@@ -144,14 +144,14 @@ class Suite {
       if (in_rows) line += format(", by rows of [B,N,H,D] %.1f", measured.row_bytes * 1e-9);
       o_.print(line);
     }
-    report_["peaks"].push_back({{"threads", group.threads},
-                                {"tokens", group.tokens},
-                                {"head_dim", group.head_dim},
-                                {"pass", name_of(group.pass)},
-                                {"gmac_per_s", sets},
-                                {"memory_gb_per_s", measured.bytes * 1e-9},
-                                {"memory_gb_per_s_bnhd",
-                                 in_rows ? Json(measured.row_bytes * 1e-9) : Json(nullptr)}});
+    report_["peaks"].push_back(
+        {{"threads", group.threads},
+         {"tokens", group.tokens},
+         {"head_dim", group.head_dim},
+         {"pass", name_of(group.pass)},
+         {"gmac_per_s", sets},
+         {"memory_gb_per_s", measured.bytes * 1e-9},
+         {"memory_gb_per_s_bnhd", in_rows ? Json(measured.row_bytes * 1e-9) : Json(nullptr)}});
     return measured;
   }
 
@@ -373,8 +373,8 @@ class Suite {
     std::string share, faster;
     if (one.own) {
       const double bytes = one.layout == Layout::kBNHD ? machine.row_bytes : machine.bytes;
-      const double least = roofline_seconds(least_work(p, group.pass),
-                                            peaks_of(machine, one.implementation), bytes);
+      const double least =
+          roofline_seconds(least_work(p, group.pass), peaks_of(machine, one.implementation), bytes);
       row["roofline_share"] = least / s.median;
       share = format("%.0f%%", 100 * least / s.median);
       row["workspace_mib"] = static_cast<double>(one.own->workspace_bytes(group.pass)) / (1 << 20);

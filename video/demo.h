@@ -26,9 +26,9 @@ struct DemoOptions {
   double model_lr = 5e-4;
   std::vector<double> keeps{0.10, 0.05, 0.03};  // the first one is the main one
   std::int64_t block_q = 64, block_k = 32;
-  std::int64_t stage1_steps = 24, stage1_batch = 1;
+  std::int64_t stage1_steps = 20, stage1_batch = 1;
   bool keeps_in_turns = true;  // stage 1 trains one keep a step instead of all of them
-  std::int64_t stage2_steps = 32, stage2_batch = 2;
+  std::int64_t stage2_steps = 24, stage2_batch = 2;
   // Of a sweep, the best for each method: SLA2 starts near full attention and is best served by a
   // small rate that decays; SLA has a longer way to go and is best served by a constant one.
   double sla2_lr = 3e-5, sla_lr = 7e-5;
