@@ -26,8 +26,8 @@ struct Peaks {
 /// About a second. Each figure is the best of several runs: a peak, not a mean.
 [[nodiscard]] Peaks measure_peaks(Executor& executor);
 
-/// Bytes a second that all threads read from memory of rows of `row` bytes, `stride` bytes apart, as
-/// those of a head of [B, N, H, D] lie, one head after the other. `row` is a multiple of 32.
+/// Bytes a second that all threads read from memory of rows of `row` bytes, `stride` bytes apart,
+/// as those of a head of [B, N, H, D] lie, one head after the other. `row` is a multiple of 32.
 [[nodiscard]] double measure_row_rate(Executor& executor, std::int64_t row, std::int64_t stride);
 
 /// The best of what an implementation may use: its own instruction set (cpu_{name}) and those that

@@ -131,6 +131,7 @@ TEST(Suite, WritesEveryRowOfItsGrid) {
   // Forward in three precisions, backward in two (8 bits run bf16's); tokens x keeps x threads.
   EXPECT_EQ(report.at("rows").size(), (3 + 2) * 2 * 2 * 2u);
   EXPECT_TRUE(report.at("left_out").empty());
+  EXPECT_TRUE(report.at("peaks").front().at("memory_gb_per_s_bnhd").is_null());
   for (const auto& row : report.at("rows")) {
     EXPECT_TRUE(row.at("verified"));
     EXPECT_GT(row.at("ms_median"), 0);
@@ -172,6 +173,7 @@ TEST(Suite, HasARowForEachLayout) {
   const nlohmann::json report = run_suite(o);
   for (const auto& row : report.at("rows")) ++rows[row.at("layout").get<std::string>()];
   EXPECT_EQ(rows, (std::map<std::string, int>{{"bhnd", 5 * 2 * 2}, {"bnhd", 5 * 2 * 2}}));
+  for (const auto& peaks : report.at("peaks")) EXPECT_GT(peaks.at("memory_gb_per_s_bnhd"), 0.1);
 }
 
 TEST(Suite, SaysWhatItLeavesOut) {
