@@ -149,8 +149,10 @@ double rate(Executor& executor, const Form& form) {
 
 constexpr std::size_t kWords = std::size_t{1} << 25;  // 256 MB a thread
 
-/// Bytes a second, when every thread reads words of its own: read(words) returns how many, and adds
-/// them to `sums` of 16. Memory is read, not written: no write-allocate to reckon with.
+using Sums = std::array<std::uint64_t, 16>;
+
+/// Bytes a second, when every thread reads words of its own: read(words, sum) adds them to `sum`
+/// and returns how many. Memory is read, not written: no write-allocate to reckon with.
 template <typename Read>
 double read_rate(Executor& executor, const Read& read) {
   const std::int64_t threads = executor.num_threads();
@@ -162,7 +164,7 @@ double read_rate(Executor& executor, const Read& read) {
   std::size_t words = 0;
   const auto all = [&] {
     executor.parallel_for(threads, [&](std::int64_t i, std::int64_t) {
-      std::array<std::uint64_t, 16> sum{};
+      Sums sum{};
       const std::size_t n = read(blocks[static_cast<std::size_t>(i)].data(), sum);
       for (const std::uint64_t x : sum) sums[static_cast<std::size_t>(i)] += x;
       if (i == 0) words = n;
@@ -173,8 +175,6 @@ double read_rate(Executor& executor, const Read& read) {
   const auto bytes = static_cast<double>(threads) * static_cast<double>(words * 8);
   return sums[0] == 0 ? 0 : bytes / best;
 }
-
-using Sums = std::array<std::uint64_t, 16>;
 
 std::size_t read_all(const std::uint64_t* words, Sums& sum) {
   for (std::size_t w = 0; w < kWords; w += 16) {

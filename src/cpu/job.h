@@ -120,7 +120,7 @@ enum class Speed : std::int32_t { kSlower, kFasterOnAmd, kFaster };
 
 /// The stages of the backward.
 struct BackStages {
-  Stage pack_keys;         // key block: operands, h, z; zeroes d_k, d_v, d_keys_sums
+  Stage pack_keys;         // key block: operands, h, z; zeroes d_keys_sums
   Stage weigh;             // kBlockTile query blocks: rest_rows, rest_columns
   Stage sum_key_blocks;    // group of panels: sums; num_panel_groups of them
   Stage query_blocks;      // worker: query blocks by next_index; d_q, d_sums, d_alpha; pairs to
