@@ -151,15 +151,21 @@ constexpr std::size_t kWords = std::size_t{1} << 25;  // 256 MB a thread
 
 using Sums = std::array<std::uint64_t, 16>;
 
+/// kWords of memory for each thread, filled by the thread that reads them.
+using Blocks = std::vector<std::vector<std::uint64_t>>;
+Blocks make_blocks(Executor& executor) {
+  Blocks blocks(static_cast<std::size_t>(executor.num_threads()));
+  executor.parallel_for(executor.num_threads(), [&](std::int64_t i, std::int64_t) {
+    blocks[static_cast<std::size_t>(i)].assign(kWords, 1);
+  });
+  return blocks;
+}
+
 /// Bytes a second, when every thread reads words of its own: read(words, sum) adds them to `sum`
 /// and returns how many. Memory is read, not written: no write-allocate to reckon with.
 template <typename Read>
-double read_rate(Executor& executor, const Read& read) {
+double read_rate(Executor& executor, const Blocks& blocks, const Read& read) {
   const std::int64_t threads = executor.num_threads();
-  std::vector<std::vector<std::uint64_t>> blocks(static_cast<std::size_t>(threads));
-  executor.parallel_for(threads, [&](std::int64_t i, std::int64_t) {
-    blocks[static_cast<std::size_t>(i)].assign(kWords, 1);
-  });
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(threads));
   std::size_t words = 0;
   const auto all = [&] {
@@ -204,16 +210,17 @@ Peaks measure_peaks(Executor& executor) {
     peaks.sets.push_back(
         {set.name, rate(executor, set.int8), rate(executor, set.bf16), rate(executor, set.fp32)});
   }
-  peaks.bytes = read_rate(executor, read_all);
+  peaks.bytes = read_rate(executor, make_blocks(executor), read_all);
   return peaks;
 }
 
 double measure_row_rate(Executor& executor, std::int64_t row, std::int64_t stride) {
   const auto width = static_cast<std::size_t>(row / 8), step = static_cast<std::size_t>(stride / 8);
   const std::size_t rows = kWords / step;
+  const Blocks blocks = make_blocks(executor);
   // Asked for ahead or left to the processor, whichever is faster.
   const auto rate_with = [&](std::size_t ahead) {
-    return read_rate(executor, [&](const std::uint64_t* words, Sums& sum) {
+    return read_rate(executor, blocks, [&](const std::uint64_t* words, Sums& sum) {
       for (std::size_t head = 0; head + width <= step; head += width) {
         for (std::size_t r = 0; r < rows; ++r) {
           const std::uint64_t* at = words + r * step + head;
@@ -229,6 +236,19 @@ double measure_row_rate(Executor& executor, std::int64_t row, std::int64_t strid
     });
   };
   return std::max(rate_with(0), rate_with(8));
+}
+
+Peaks larger_of(const Peaks& a, const Peaks& b) {
+  Peaks larger = a;
+  larger.bytes = std::max(a.bytes, b.bytes);
+  larger.row_bytes = std::max(a.row_bytes, b.row_bytes);
+  for (std::size_t i = 0; i < larger.sets.size(); ++i) {
+    InstructionPeaks& set = larger.sets[i];
+    set.int8 = std::max(set.int8, b.sets.at(i).int8);
+    set.bf16 = std::max(set.bf16, b.sets.at(i).bf16);
+    set.fp32 = std::max(set.fp32, b.sets.at(i).fp32);
+  }
+  return larger;
 }
 
 InstructionPeaks peaks_of(const Peaks& peaks, const std::string& implementation) {

@@ -30,6 +30,10 @@ struct Peaks {
 /// as those of a head of [B, N, H, D] lie, one head after the other. `row` is a multiple of 32.
 [[nodiscard]] double measure_row_rate(Executor& executor, std::int64_t row, std::int64_t stride);
 
+/// The larger of each figure: of two measurements on the same threads of the same machine. Another
+/// program's moment can only make one of them smaller.
+[[nodiscard]] Peaks larger_of(const Peaks& a, const Peaks& b);
+
 /// The best of what an implementation may use: its own instruction set (cpu_{name}) and those that
 /// it includes.
 [[nodiscard]] InstructionPeaks peaks_of(const Peaks& peaks, const std::string& implementation);

@@ -36,6 +36,8 @@ class Bench final : public Command {
     options.add("--block-q", config_.block_q, "tokens of a query block")
         .one_of_numbers(kBlockSizes);
     options.add("--block-k", config_.block_k, "tokens of a key block").one_of_numbers(kBlockSizes);
+    options.add("--dtype", dtype_, "of op's inputs on the CPU: fp32, bf16 or fp16");
+    options.add("--layout", layout_, "of op's tensors on the CPU: bhnd,bnhd");
     options.add("--implementation", implementation_, "of the operator on the CPU, by name");
     options.add("--repeats", repeats_, "timed rounds at most").range(1, 10000);
     options.add("--row-seconds", row_seconds_, "time of a row's repetitions").above(0, 3600);
@@ -121,6 +123,14 @@ class Bench final : public Command {
           {{"int8", Precision::kInt8}, {"bf16", Precision::kBf16}, {"fp32", Precision::kFp32}});
     }
     if (!pass_.empty()) o.passes = passes();
+    if (!layout_.empty()) {
+      o.layouts = values_of<bench::Layout>(
+          "--layout", layout_, {{"bhnd", bench::Layout::kBHND}, {"bnhd", bench::Layout::kBNHD}});
+    }
+    o.dtype =
+        values_of<DType>("--dtype", {dtype_},
+                         {{"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"fp16", DType::kF16}})
+            .front();
     if (session.threads > 0) o.threads = {session.threads};
     o.config.block_q = config_.block_q;
     o.config.block_k = config_.block_k;
@@ -143,6 +153,9 @@ class Bench final : public Command {
     if (!shape_.empty()) {
       check_shape();
       options.shape = {shape_[0], shape_[1], shape_[2], shape_[3]};
+    }
+    if (!layout_.empty() || dtype_ != "fp32") {
+      throw UsageError("--layout and --dtype are for the CPU: a GPU's rows are bf16 in [B,H,N,D]");
     }
     if (keep_.size() > 1) throw UsageError("--keep must be one number on a GPU");
     if (precision_.size() > 1) throw UsageError("--precision must be one name on a GPU");
@@ -242,8 +255,8 @@ class Bench final : public Command {
   std::vector<std::int64_t> shape_;
   Config config_;
   std::vector<double> keep_;
-  std::vector<std::string> precision_, pass_;
-  std::string implementation_;
+  std::vector<std::string> precision_, pass_, layout_;
+  std::string dtype_ = "fp32", implementation_;
   std::int64_t repeats_ = 9;
   double row_seconds_ = 0.4, minutes_ = 13;
   bool no_rivals_ = false;

@@ -98,6 +98,28 @@ TEST(Peaks, AnImplementationHasItsOwnSetAndThoseItIncludes) {
   EXPECT_EQ(peaks_of(peaks, "reference").fp32, 0);
 }
 
+TEST(Peaks, TheLargerOfTwoMeasurementsIsTakenFigureByFigure) {
+  Peaks a, b;
+  a.threads = b.threads = 2;
+  a.sets = {{"avx2", 10, 0, 5}, {"baseline", 4, 0, 2}};
+  b.sets = {{"avx2", 8, 0, 6}, {"baseline", 5, 1, 1}};
+  a.bytes = 3;
+  b.bytes = 2;
+  a.row_bytes = 1;
+  b.row_bytes = 2;
+  const Peaks larger = larger_of(a, b);
+  EXPECT_EQ(larger.threads, 2);
+  EXPECT_EQ(larger.bytes, 3);
+  EXPECT_EQ(larger.row_bytes, 2);
+  ASSERT_EQ(larger.sets.size(), 2U);
+  EXPECT_EQ(larger.sets[0].name, "avx2");
+  EXPECT_EQ(larger.sets[0].int8, 10);
+  EXPECT_EQ(larger.sets[0].fp32, 6);
+  EXPECT_EQ(larger.sets[1].int8, 5);
+  EXPECT_EQ(larger.sets[1].bf16, 1);
+  EXPECT_EQ(larger.sets[1].fp32, 2);
+}
+
 TEST(Peaks, OfThisMachineAreInOrder) {
   SerialExecutor one;
   const Peaks peaks = measure_peaks(one);

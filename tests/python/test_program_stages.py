@@ -346,7 +346,7 @@ def test_every_option_of_every_command(clips, tmp_path):
         f"bench model --model {out['m']} --sla2 {out['t']} --repeats 1",
         f"bench op --shape 1,1,256,16 --keep 0.5 --precision bf16 --block-q 32 --block-k 32"
         f" --pass forward --implementation reference --row-seconds 0.01 --minutes 1 --no-rivals"
-        f" --repeats 1 --json {out['b.json']}",
+        f" --repeats 1 --dtype bf16 --layout bhnd,bnhd --json {out['b.json']}",
         f"demo --out {out['d']} --preset small --data {clips}/noise.mp4 --model {out['m']}"
         " --stage1-steps 1 --stage2-steps 1 --lr 1e-3 --sla-lr 1e-3 --sampling-steps 1",
         "info",
@@ -364,7 +364,8 @@ def test_every_option_of_every_command(clips, tmp_path):
         contents_of(out["t"])
     )
     assert json.loads((out["e"] / "report.json").read_text())["methods"]
-    assert json.loads((out["b.json"]).read_text())["rows"]
+    rows = json.loads((out["b.json"]).read_text())["rows"]
+    assert [row["layout"] for row in rows] == ["bhnd", "bnhd"]
 
     def read(*names):
         return json.loads(tmp_path.joinpath(*names).read_text())

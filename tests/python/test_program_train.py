@@ -294,6 +294,8 @@ def test_bench(tmp_path):
         ["--keep", "2"],
         ["--precision", "int7"],
         ["--pass", "sideways"],
+        ["--layout", "bhdn"],
+        ["--dtype", "fp64"],
         ["--implementation", "cpu_of_next_year"],
         ["--row-seconds", "0"],
     ):
