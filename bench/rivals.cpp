@@ -7,6 +7,8 @@
 #include <cstring>
 #include <fcntl.h>
 #include <filesystem>
+#include <functional>
+#include <poll.h>
 #include <string>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -74,7 +76,8 @@ struct Rivals::Process {
   Process& operator=(const Process&) = delete;
 };
 
-Rivals::Rivals(std::string python, std::string device) : device_(std::move(device)) {
+Rivals::Rivals(std::string python, std::string device, std::function<void()> check_stop)
+    : check_stop_(std::move(check_stop)), device_(std::move(device)) {
   if (python.empty()) python = find_python();
   if (python.empty()) {
     reason_ = "no Python with torch found (SLA2_PYTHON names one)";
@@ -109,8 +112,13 @@ std::string Rivals::exchange(const std::string& line) {
     std::fputs((line + "\n").c_str(), process_->in);
     std::fflush(process_->in);
   }
+  pollfd waiting{fileno(process_->out), POLLIN, 0};
+  do {
+    check_stop_();
+  } while (poll(&waiting, 1, 100) <= 0);
   std::string answer;
   for (int c = std::fgetc(process_->out); c != '\n'; c = std::fgetc(process_->out)) {
+    if (c == EOF) check_stop_();  // what stops us may have ended it, too
     if (c == EOF) throw Error(ErrorKind::kRuntime, "Python ended without an answer");
     answer += static_cast<char>(c);
   }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,8 +16,10 @@ class Rivals {
  public:
   /// `python`: a Python with torch; empty: SLA2_PYTHON, else the one of the environment that this
   /// program belongs to. Never throws for its absence: reason() says why nothing can be timed.
-  /// `device`: torch's name of it, "cpu" or "cuda:0".
-  explicit Rivals(std::string python, std::string device = "cpu");
+  /// `device`: torch's name of it, "cpu" or "cuda:0". `check_stop` throws to stop: it is called
+  /// several times a second while torch works, which may take minutes.
+  explicit Rivals(
+      std::string python, std::string device = "cpu", std::function<void()> check_stop = [] {});
   ~Rivals();
   Rivals(const Rivals&) = delete;
   Rivals& operator=(const Rivals&) = delete;
@@ -39,6 +42,7 @@ class Rivals {
   struct Process;
   std::string exchange(const std::string& line);  // the answer's line
   std::unique_ptr<Process> process_;
+  std::function<void()> check_stop_;
   std::string device_, reason_, torch_version_;
   std::filesystem::path blocks_file_;
 };

@@ -93,7 +93,7 @@ class Suite {
         "at the memory's read rate. Not in it: quantisation, packing, pooling, top-k";
     verify_all();
     if (o_.rivals) {
-      rivals_ = std::make_unique<Rivals>(o_.python);
+      rivals_ = std::make_unique<Rivals>(o_.python, "cpu", o_.check_stop);
       if (!rivals_->reason().empty()) leave_out("torch", rivals_->reason());
       report_["machine"]["torch"] = rivals_->torch_version();
     }

@@ -424,7 +424,8 @@ OpBenchResult bench_operator(const OpBenchOptions& options, Run& run) {
   if (options.rivals) {
     add_rival("torch flash bf16", only(true));
     add_rival("torch cudnn bf16", only(false));
-    rivals = std::make_unique<bench::Rivals>("", run.device.str());
+    rivals = std::make_unique<bench::Rivals>("", run.device.str(),
+                                             [&run] { run.check_stop("measuring"); });
     add_flex(options, forward_flops, *rivals, cases, result, run);
   }
   measure(cases, options.repeats, run);

@@ -2,6 +2,7 @@
 #include "bench.h"
 
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -298,6 +299,48 @@ TEST(Verify, RefusesWhatIsWrong) {
   EXPECT_THROW(require_close("out", {nan}, {1}, 1), Error);
 }
 
+/// A program that answers as rivals.py does: 2 ms for everything, no FlexAttention. `run`: what its
+/// shell does for a run.
+class StandIn {
+ public:
+  explicit StandIn(const std::string& run = "echo '{\"ms\": 2}'")
+      : path_(std::filesystem::temp_directory_path() / ("rival-" + std::to_string(getpid()))) {
+    std::ofstream file(path_);
+    file << "#!/bin/sh\necho '{\"ok\": true, \"torch\": \"0\"}'\nwhile read line; do\n"
+            "case \"$line\" in *'\"run\"'*) "
+         << run
+         << ";;\n"
+            "*flex*) echo '{\"reason\": \"not today\"}';; *) echo '{\"ok\": true}';; esac\ndone\n";
+    file.close();
+    std::filesystem::permissions(path_, std::filesystem::perms::owner_all);
+  }
+  ~StandIn() { std::filesystem::remove(path_); }
+  [[nodiscard]] std::string path() const { return path_.string(); }
+
+ private:
+  std::filesystem::path path_;
+};
+
+TEST(Rivals, StopWhileTorchWorks) {
+  const StandIn slow("exec sleep 60");
+  int calls = 0;
+  const auto start = std::chrono::steady_clock::now();
+  {
+    Rivals rivals(slow.path(), "cpu", [&] {
+      if (++calls == 5) throw Error(ErrorKind::kRuntime, "stopped");
+    });
+    EXPECT_EQ(rivals.reason(), "");
+    calls = 0;
+    try {
+      (void)rivals.run("any");
+      FAIL();
+    } catch (const Error& error) {
+      EXPECT_STREQ(error.what(), "stopped");
+    }
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(30));
+}
+
 TEST(Rivals, GiveAReasonWhereThereIsNone) {
   EXPECT_NE(Rivals("/no/such/python").reason().find("/no/such/python is not a program"),
             std::string::npos);
@@ -309,25 +352,6 @@ TEST(Rivals, GiveAReasonWhereThereIsNone) {
   ASSERT_EQ(report.at("left_out").size(), 1u);
   EXPECT_EQ(report.at("left_out")[0].at("what"), "torch");
 }
-
-/// A program that answers as rivals.py does: 2 ms for everything, no FlexAttention.
-class StandIn {
- public:
-  StandIn()
-      : path_(std::filesystem::temp_directory_path() / ("rival-" + std::to_string(getpid()))) {
-    std::ofstream file(path_);
-    file << "#!/bin/sh\necho '{\"ok\": true, \"torch\": \"0\"}'\nwhile read line; do\n"
-            "case \"$line\" in *'\"run\"'*) echo '{\"ms\": 2}';;\n"
-            "*flex*) echo '{\"reason\": \"not today\"}';; *) echo '{\"ok\": true}';; esac\ndone\n";
-    file.close();
-    std::filesystem::permissions(path_, std::filesystem::perms::owner_all);
-  }
-  ~StandIn() { std::filesystem::remove(path_); }
-  [[nodiscard]] std::string path() const { return path_.string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 TEST(Rivals, AreRowsAndSpeedUps) {
   const StandIn python;
