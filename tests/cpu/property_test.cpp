@@ -48,7 +48,7 @@ TEST_P(Cpu, SameBitsWhereManyQueryBlocksAddToEachKeyBlock) {
     p.config.routing = mode;
     SLA2_SKIP_IF_REFUSED(p, Pass::kBackward);
     std::vector<std::vector<double>> first;
-    for (const std::int64_t threads : {1, 2, 9}) {
+    for (const std::int64_t threads : {1, 2, 9, 64}) {
       Call call(p, 3);
       const auto executor = make_thread_pool(threads);
       call.run_forward(*executor);
@@ -67,7 +67,7 @@ TEST_P(Cpu, SameBitsOnAnyNumberOfThreads) {
     const Problem p = problem(mode);
     SLA2_SKIP_IF_REFUSED(p, Pass::kForward);
     std::vector<std::vector<double>> first;
-    for (const std::int64_t threads : {1, 2, 5, 9}) {
+    for (const std::int64_t threads : {1, 2, 5, 9, 64}) {
       Call call(p, 3);
       const auto executor = make_thread_pool(threads);
       call.run_forward(*executor);
