@@ -22,10 +22,10 @@ Work least_work(const Problem& p, Pass pass) {
   Work work;
   const double products = pairs * (backward ? 3 * d + 2 * dv : d + dv);
   const Precision precision = p.config.precision;
-  const bool is_fp32 = precision == Precision::kFp32;
-  double& sparse = is_fp32                                               ? work.fp32
-                   : precision == Precision::kInt8 && !backward && !soft ? work.int8
-                                                                         : work.bf16;
+  const bool is_int8 = precision == Precision::kInt8 && !backward && !soft;
+  // bf16 has 3 bits less than fp16.
+  const bool is_fp32 = precision == Precision::kFp32 || (p.dtype == DType::kF16 && !is_int8);
+  double& sparse = is_fp32 ? work.fp32 : is_int8 ? work.int8 : work.bf16;
   sparse += products;
   work.exponentials = pairs;
   if (!is_full) {

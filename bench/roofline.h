@@ -14,10 +14,10 @@ struct Work {
 };
 
 /// Counted: the products of the routed pairs in the row's precision (forward 2, backward 5), their
-/// exponentials and phi's; the linear branch's products in bf16 (fp32 if asked for); H_i and dh_j
-/// as sums over routed blocks; scores of the router; every input read and every output written
-/// once, and k twice forward (its mean comes first). Not counted: quantisation, packing, pooling,
-/// top-k.
+/// exponentials and phi's; the linear branch's products in bf16 (fp32 if asked for); for inputs in
+/// fp16 all these products in fp32, which they need, but in an INT8 forward; H_i and dh_j as sums
+/// over routed blocks; scores of the router; every input read and every output written once, and k
+/// twice forward (its mean comes first). Not counted: quantisation, packing, pooling, top-k.
 [[nodiscard]] Work least_work(const Problem& problem, Pass pass);
 
 /// The sum of the times of each kind of work, one behind the other: an exponential counts as

@@ -60,6 +60,19 @@ TEST(Roofline, CountsTheProductsOfTheSpecification) {
   EXPECT_EQ(backward.bytes, 1024.0 * 64 * 4 * 9);  // q, d_q, o_s, o_l, d_o; k, d_k, v, d_v
 }
 
+TEST(Roofline, CountsProductsOfFp16InFp32) {
+  Problem p = counted();
+  p.dtype = DType::kF16;
+  EXPECT_EQ(least_work(p, Pass::kForward).int8, 1024.0 * 256 * 128);
+  EXPECT_EQ(least_work(p, Pass::kForward).bf16, 2 * 1024.0 * 64 * 64);
+  EXPECT_EQ(least_work(p, Pass::kBackward).bf16, 0);
+  EXPECT_GT(least_work(p, Pass::kBackward).fp32, 1024.0 * 256 * 5 * 64);
+  p.config.precision = Precision::kBf16;
+  EXPECT_EQ(least_work(p, Pass::kForward).bf16, 0);
+  p.dtype = DType::kBF16;
+  EXPECT_EQ(least_work(p, Pass::kForward).bf16, 1024.0 * 256 * 128 + 2 * 1024.0 * 64 * 64);
+}
+
 TEST(Roofline, HasNoLinearBranchWhereEverythingIsRouted) {
   Problem p = counted();
   p.config.keep = 1;
