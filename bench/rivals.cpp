@@ -18,7 +18,6 @@
 #include <nlohmann/json.hpp>
 
 #include "io/environment.h"
-#include "io/files.h"
 #include "rivals_script.h"
 
 namespace sla2::bench {
@@ -89,10 +88,6 @@ Rivals::Rivals(std::string python, std::string device, std::function<void()> che
   }
   std::signal(SIGPIPE, SIG_IGN);  // a dead Python is an error of the write
   process_ = std::make_unique<Process>(python);
-  std::string name = (fs::temp_directory_path() / "sla2-blocks-XXXXXX").string();
-  const int file = mkstemp(name.data());
-  if (file >= 0) close(file);
-  blocks_file_ = name;
   try {
     const auto hello = nlohmann::json::parse(exchange({}));
     reason_ = hello.value("reason", "");
@@ -102,10 +97,7 @@ Rivals::Rivals(std::string python, std::string device, std::function<void()> che
   }
 }
 
-Rivals::~Rivals() {
-  std::error_code ignored;
-  if (!blocks_file_.empty()) fs::remove(blocks_file_, ignored);
-}
+Rivals::~Rivals() = default;
 
 std::string Rivals::exchange(const std::string& line) {
   if (!line.empty()) {
@@ -129,7 +121,6 @@ std::string Rivals::prepare(const std::string& id, const std::string& name, Pass
                             const Problem& p, std::int64_t threads,
                             const std::vector<std::int32_t>& blocks) {
   if (!reason_.empty()) return reason_;
-  io::write_file(blocks_file_, {reinterpret_cast<const char*>(blocks.data()), blocks.size() * 4});
   const nlohmann::json request{{"do", "prepare"},
                                {"id", id},
                                {"name", name},
@@ -137,7 +128,7 @@ std::string Rivals::prepare(const std::string& id, const std::string& name, Pass
                                {"shape", {p.batch, p.num_heads, p.q_tokens, p.head_dim}},
                                {"device", device_},
                                {"threads", threads},
-                               {"blocks", blocks_file_.string()},
+                               {"blocks", blocks},
                                {"block_q", p.config.block_q},
                                {"block_k", p.config.block_k}};
   return nlohmann::json::parse(exchange(request.dump())).value("reason", "");

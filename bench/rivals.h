@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
@@ -44,7 +43,6 @@ class Rivals {
   std::unique_ptr<Process> process_;
   std::function<void()> check_stop_;
   std::string device_, reason_, torch_version_;
-  std::filesystem::path blocks_file_;
 };
 
 }  // namespace sla2::bench

@@ -1,7 +1,7 @@
 """Attention of PyTorch, timed on request: the other end of bench/rivals.cpp.
 
 One JSON object a line in, one out. {"do": "prepare", "id", "name", "pass", "shape", "device",
-"threads", and for FlexAttention "blocks" (file of int32 [B, H, M, L]), "block_q", "block_k"}
+"threads", and for FlexAttention "blocks" (int32 [B, H, M, L], as a list), "block_q", "block_k"}
 answers {"ok": true} or {"reason": "..."}; {"do": "run", "id"} runs it once and answers {"ms": x},
 on a GPU by its events, the L2 cache flushed before; {"do": "clear"} frees everything.
 """
@@ -17,14 +17,13 @@ FLUSH_BYTES, FLUSHES = 256 << 20, 8
 
 def block_mask(torch, request, tokens):
     """SLA2's own routing as FlexAttention's block mask: the sparse branch alone."""
-    import numpy
     from torch.nn.attention.flex_attention import BlockMask
 
     batch, heads = request["shape"][:2]
     block_q, block_k = request["block_q"], request["block_k"]
     rows, columns = -(-tokens // block_q), -(-tokens // block_k)
-    table = numpy.fromfile(request["blocks"], dtype=numpy.int32).reshape(batch, heads, rows, -1)
-    blocks = torch.from_numpy(table).to(request["device"])
+    blocks = torch.tensor(request["blocks"], dtype=torch.int32, device=request["device"])
+    blocks = blocks.reshape(batch, heads, rows, -1)
     count = (blocks >= 0).sum(-1).to(torch.int32)
     indices = torch.nn.functional.pad(blocks.clamp(min=0), (0, columns - blocks.shape[-1]))
     return BlockMask.from_kv_blocks(

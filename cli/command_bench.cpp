@@ -36,7 +36,7 @@ class Bench final : public Command {
     options.add("--block-q", config_.block_q, "tokens of a query block")
         .one_of_numbers(kBlockSizes);
     options.add("--block-k", config_.block_k, "tokens of a key block").one_of_numbers(kBlockSizes);
-    options.add("--dtype", dtype_, "of op's inputs on the CPU: fp32, bf16 or fp16");
+    options.add("--dtype", dtype_, "of op's inputs on the CPU").one_of({"fp32", "bf16", "fp16"});
     options.add("--layout", layout_, "of op's tensors on the CPU: bhnd,bnhd");
     options.add("--implementation", implementation_, "of the operator on the CPU, by name");
     options.add("--repeats", repeats_, "timed rounds at most").range(1, 10000);
@@ -127,10 +127,7 @@ class Bench final : public Command {
       o.layouts = values_of<bench::Layout>(
           "--layout", layout_, {{"bhnd", bench::Layout::kBHND}, {"bnhd", bench::Layout::kBNHD}});
     }
-    o.dtype =
-        values_of<DType>("--dtype", {dtype_},
-                         {{"fp32", DType::kF32}, {"bf16", DType::kBF16}, {"fp16", DType::kF16}})
-            .front();
+    o.dtype = dtype_ == "fp32" ? DType::kF32 : dtype_ == "bf16" ? DType::kBF16 : DType::kF16;
     if (session.threads > 0) o.threads = {session.threads};
     o.config.block_q = config_.block_q;
     o.config.block_k = config_.block_k;
